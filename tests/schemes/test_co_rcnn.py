@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -183,13 +184,13 @@ def test_regions() -> None:
             assert (overlap[positive:].amax(1) < 0.5).all()
     boxes = scene().boxes[0]
     far = torch.tensor([[100.0, 60.0, 120.0, 90.0]]).repeat(50, 1)
-    regions, owner = sample_regions(torch.cat([boxes + 1, far]), boxes, SAMPLES, first)
+    (regions,), (owner,) = sample_regions([torch.cat([boxes + 1, far])], [boxes], SAMPLES, first)
     assert torch.equal(regions, torch.cat([boxes, boxes + 1, far])[:SAMPLES])
     assert owner.tolist() == [0, 1, 2] * 2 + [BACKGROUND] * (SAMPLES - 6)
 
 
 def test_sampling_fills_up_with_background() -> None:
-    owner = torch.tensor([0, BACKGROUND, 1, -2, BACKGROUND, 0, BACKGROUND])
+    owner = np.array([0, BACKGROUND, 1, -2, BACKGROUND, 0, BACKGROUND])
     for count, most, expected in (
         (4, 2, ([0, 2], [1, 4])),
         (6, 3, ([0, 2, 5], [1, 4, 6])),

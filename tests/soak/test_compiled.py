@@ -46,5 +46,5 @@ def test_a_run_goes_on(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         stop_at(patch, 4)
         stopped = run("stopped")
     torch._dynamo.reset()  # as in another process
-    assert detrellis.train(resume=stopped, workers=0).finished
+    assert detrellis.resume(stopped, workers=0).finished
     assert_same_run(whole, stopped)

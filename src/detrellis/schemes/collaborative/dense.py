@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
@@ -20,7 +21,14 @@ from detrellis.postprocess import top_pairs
 from detrellis.schemes.collaborative.anchors import usable_cells
 from detrellis.schemes.collaborative.assigners import IGNORED
 from detrellis.schemes.collaborative.coder import clip
-from detrellis.schemes.collaborative.scene import BranchAssignment, Draw, Predictions, Scene
+from detrellis.schemes.collaborative.scene import (
+    BranchAssignment,
+    Draw,
+    Predictions,
+    Scene,
+    on_host,
+    rows_where,
+)
 from detrellis.set_loss import absent
 
 
@@ -191,15 +199,17 @@ def assign_usable(
     # Which anchors take part, and how many on each level.
     cells = [h * w for h, w in scene.shapes]
     each = len(anchors) // sum(cells)
-    usable = usable_cells(scene.shapes, scene.strides, scene.sizes)
-    per_level = torch.stack([u.sum(1) for u in usable.split(cells, dim=1)], dim=1).tolist()
-    usable = usable.repeat_interleave(each, dim=1)
-    owners = torch.full(usable.shape, IGNORED, device=usable.device)
-    for owner, taking_part, counts, boxes in zip(
-        owners, usable, per_level, scene.boxes, strict=True
-    ):
-        owner[taking_part] = assign(anchors[taking_part], [n * each for n in counts], boxes)
-    return owners
+    usable = on_host(usable_cells(scene.shapes, scene.strides, scene.sizes).unbind())
+    owners = []
+    for on_image, boxes in zip(usable, scene.boxes, strict=True):
+        per_level = [each * int(n) for n in np.add.reduceat(on_image, np.cumsum([0, *cells[:-1]]))]
+        if on_image.all():
+            owners.append(assign(anchors, per_level, boxes))
+            continue
+        rows = rows_where(on_image.repeat(each)).to(anchors.device, non_blocking=True)
+        owner = torch.full((len(anchors),), IGNORED, device=anchors.device)
+        owners.append(owner.index_copy_(0, rows, assign(anchors[rows], per_level, boxes)))
+    return torch.stack(owners)
 
 
 def gather_positives(scene: Scene, owners: Tensor) -> Positives:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from detrellis.boxes import inverse_sigmoid, xyxy_to_cxcywh
 from detrellis.nn.mlp import xavier_linear
 from detrellis.nn.position import sine_embed
 from detrellis.schemes.collaborative.assigners import BACKGROUND
-from detrellis.schemes.collaborative.scene import BranchAssignment, Draw
+from detrellis.schemes.collaborative.scene import BranchAssignment, Draw, on_host, rows_where
 from detrellis.types import Queries
 
 MIN_QUERIES = 9  # queries of a branch, even where an image has no positive
@@ -55,40 +56,42 @@ def choose(
     targets; without `fill` no background.
     """
     # As many slots as the image with the most positives needs.
-    positive = [(a.owner >= 0).nonzero().flatten() for a in assigned]
+    owners = on_host([a.owner for a in assigned])
+    positive = [rows_where(owner >= 0) for owner in owners]
     slots = max(MIN_QUERIES, min(max_queries, max(len(p) for p in positive)))
+    device = sizes.device
     boxes, features, rows, counts, filled = [], [], [], [], []
-    for image, candidates, size, first in zip(assigned, positive, sizes, offsets, strict=True):
+    parts = zip(assigned, owners, positive, sizes, offsets, strict=True)
+    for image, owner, candidates, size, first in parts:
         # The image's positives, then background; where both do not suffice the last slots stay
         # empty.
         drawn = draw(candidates, slots)
-        background = (image.owner == BACKGROUND).nonzero().flatten() if fill else drawn[:0]
+        background = rows_where(owner == BACKGROUND) if fill else drawn[:0]
         anchors = torch.cat([drawn, draw(background, slots - len(drawn))])
+        anchors = anchors.to(device, non_blocking=True)
         empty = slots - len(anchors)
         # Their boxes, normalised, and the features of their cells, which several anchors may share.
         normalised = xyxy_to_cxcywh(image.boxes[anchors]) / size.flip(-1).repeat(2).to(image.boxes)
         cells = anchors // (len(image.boxes) // len(image.features))
         boxes.append(F.pad(normalised, (0, 0, 0, empty), value=0.5))
         features.append(F.pad(image.features[cells], (0, 0, 0, empty)))
-        rows.append(image.owner[drawn] + first)
+        rows.append(owner[drawn.numpy()] + first)
         counts.append(len(drawn))
         filled.append(len(anchors))
     # Which slots hold positives, and which hold nothing.
-    device = sizes.device
-    place = torch.arange(slots, device=device)
-    image_index = torch.arange(len(assigned), device=device).repeat_interleave(
-        torch.tensor(counts, device=device)
-    )
-    slot = torch.cat([place[:n] for n in counts])
-    unused = (
-        place >= torch.tensor(filled, device=device).unsqueeze(1) if min(filled) < slots else None
-    )
+    image_index = np.arange(len(assigned)).repeat(counts)
+    slot = np.concatenate([np.arange(n) for n in counts])
+    indices = torch.from_numpy(np.stack([image_index, slot, np.concatenate(rows)]))
+    in_image, in_slot, target = indices.to(device, non_blocking=True).unbind()
+    unused = None
+    if min(filled) < slots:
+        unused = torch.from_numpy(np.arange(slots) >= np.array(filled)[:, None]).to(device)
     return Chosen(
         torch.stack(boxes),
         torch.stack(features),
-        image_index,
-        slot,
-        torch.cat(rows),
+        in_image,
+        in_slot,
+        target,
         unused,
         tuple(counts),
     )

@@ -17,7 +17,13 @@ from detrellis.schemes.collaborative.coder import Deltas, clip
 from detrellis.schemes.collaborative.dense import precise
 from detrellis.schemes.collaborative.roi import region_features
 from detrellis.schemes.collaborative.rpn import RPN, proposals, rpn_losses, sample
-from detrellis.schemes.collaborative.scene import BranchAssignment, Draw, Predictions, Scene
+from detrellis.schemes.collaborative.scene import (
+    BranchAssignment,
+    Draw,
+    Predictions,
+    Scene,
+    on_host,
+)
 
 CODER = Deltas(0.1, 0.2)
 CELLS = 7  # of a region, along each side
@@ -114,10 +120,7 @@ class RCNN(nn.Module):
         proposed = proposals(
             output, anchors, scene, before=8 * self.samples, limit=2 * self.samples
         )
-        pairs = zip(proposed, scene.boxes, strict=True)
-        regions, owners = zip(
-            *(sample_regions(p, b, self.samples, draw) for p, b in pairs), strict=True
-        )
+        regions, owners = sample_regions(proposed, scene.boxes, self.samples, draw)
         features = self.pool(scene, regions, CELLS)
         states = self.head(features)
         logits = scene.counted(self.head.logits(states))
@@ -159,16 +162,28 @@ class RCNN(nn.Module):
 
 
 def sample_regions(
-    proposed: Tensor, boxes: Tensor, samples: int, draw: Draw
-) -> tuple[Tensor, Tensor]:
-    """What an image learns from: regions `(n, 4)`, at most `samples`, and their owners `(n,)`.
+    proposed: Sequence[Tensor], boxes: Sequence[Tensor], samples: int, draw: Draw
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What each image learns from: regions `(n, 4)`, at most `samples`, and their owners `(n,)`.
 
-    Targets' `boxes (T, 4)` come before the proposals `(P, 4)`.
+    An image's targets `(T, 4)` come before its proposals `(P, 4)`.
     """
-    candidates = torch.cat([boxes, proposed])
-    owner = max_iou(candidates, boxes, positive=0.5, negative=0.5, minimum=0.5, low_quality=False)
-    chosen = torch.cat(sample(owner, draw, samples, samples // 4))
-    return candidates[chosen], owner[chosen]
+    candidates = [torch.cat(pair) for pair in zip(boxes, proposed, strict=True)]
+    owners = [
+        max_iou(c, b, positive=0.5, negative=0.5, minimum=0.5, low_quality=False)
+        for c, b in zip(candidates, boxes, strict=True)
+    ]
+    chosen = [
+        torch.cat(sample(owner, draw, samples, samples // 4)).to(
+            candidates[0].device, non_blocking=True
+        )
+        for owner in on_host(owners)
+    ]
+    regions, owned = (
+        [values[rows] for values, rows in zip(of_images, chosen, strict=True)]
+        for of_images in (candidates, owners)
+    )
+    return regions, owned
 
 
 def positive_regions(scene: Scene, owners: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from detrellis.losses import bce_loss, l1_loss
@@ -23,7 +25,7 @@ from detrellis.schemes.collaborative.dense import (
     gather_positives,
     precise,
 )
-from detrellis.schemes.collaborative.scene import Draw, Scene
+from detrellis.schemes.collaborative.scene import Draw, Scene, on_host, rows_where
 
 CODER = Deltas()
 SAMPLES = 256  # anchors of an image that learn, up to half of them positive
@@ -58,15 +60,18 @@ def rpn_losses(output: DenseOutput, anchors: Tensor, scene: Scene, draw: Draw) -
     """Cross-entropy and L1 of the deltas over a sample of the anchors, divided by its size."""
     owners = assign_usable(scene, anchors, _assign)
     # What is not sampled is ignored.
-    for owner in owners:
-        unused = torch.ones_like(owner, dtype=torch.bool)
-        unused[torch.cat(sample(owner, draw, SAMPLES, SAMPLES // 2))] = False
-        owner[unused] = IGNORED
-    positives, learns = gather_positives(scene, owners), owners != IGNORED
+    learned = np.full(owners.shape, IGNORED)
+    for row, owner in zip(learned, on_host(owners.unbind()), strict=True):
+        sampled = torch.cat(sample(owner, draw, SAMPLES, SAMPLES // 2)).numpy()
+        row[sampled] = owner[sampled]
+    learns = torch.from_numpy(np.stack((learned != IGNORED).nonzero()))
+    image, anchor = learns.to(owners.device, non_blocking=True).unbind()
+    owners = torch.from_numpy(learned).to(owners.device, non_blocking=True)
+    positives = gather_positives(scene, owners)
     count = (
         positives.per_image().clamp(min=1).sum() + (owners == BACKGROUND).sum(1).clamp(min=1).sum()
     )
-    logits, target = output.logits.squeeze(-1)[learns], owners[learns] >= 0
+    logits, target = output.logits.squeeze(-1)[image, anchor], owners[image, anchor] >= 0
     deltas = CODER.encode(anchors[positives.anchor], positives.box)
     return {
         "rpn_class": bce_loss(logits, target.to(logits)).sum() / count,
@@ -79,12 +84,12 @@ def _assign(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Tensor:
     return max_iou(anchors, boxes, positive=0.7, negative=0.3, minimum=0.3, low_quality=True)
 
 
-def sample(owner: Tensor, draw: Draw, count: int, limit: int) -> tuple[Tensor, Tensor]:
+def sample(owner: NDArray[np.int64], draw: Draw, count: int, limit: int) -> tuple[Tensor, Tensor]:
     """Indices of `limit` positives of `owner (A,)` or fewer,
-    and of background that fills them up to `count`.
+    and of background that fills them up to `count`; all on the host.
     """
-    positive = draw((owner >= 0).nonzero().squeeze(1), limit)
-    return positive, draw((owner == BACKGROUND).nonzero().squeeze(1), count - len(positive))
+    positive = draw(rows_where(owner >= 0), limit)
+    return positive, draw(rows_where(owner == BACKGROUND), count - len(positive))
 
 
 @torch.no_grad()

@@ -5,11 +5,13 @@ in pixels of the network's input, image by image.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from detrellis.boxes import cxcywh_to_xyxy
@@ -82,6 +84,18 @@ def random_draw(generator: torch.Generator) -> Draw:
         return indices[chosen.to(indices.device, non_blocking=True)]
 
     return draw
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
+    """Tensors `(n,)` of one type on the host, in one copy: what is looked for in them there needs
+    no further wait for the device."""
+    ends = np.cumsum([len(t) for t in tensors])
+    return np.split(torch.cat(list(tensors)).cpu().numpy(), ends[:-1])
+
+
+def rows_where(mask: NDArray[np.bool_]) -> Tensor:
+    """The rows of `mask (n,)` that are true, in order, on the host."""
+    return torch.from_numpy(np.flatnonzero(mask))
 
 
 def make_scene(

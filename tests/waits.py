@@ -1,0 +1,56 @@
+"""Counts where a host would wait for its device, without a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+COPIES = ("cpu", "tolist")  # methods that read a tensor; on a CPU they dispatch nothing
+# Operations that read a number, or whose results have as many rows as the values say
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "nms")
+INDEXED = ("index", "index_put", "index_put_")
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, waits: list[str]) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        masked = name in INDEXED and any(i is not None and i.dtype is torch.bool for i in args[1])
+        repeats = name == "repeat_interleave" and kwargs.get("output_size") is None
+        if name in READS or masked or repeats:
+            self.waits.append(name)
+        return func(*args, **kwargs)
+
+
+class _Methods(TorchFunctionMode):
+    def __init__(self, waits: list[str]) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(
+        self, func: Callable[..., object], types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        name = getattr(func, "__name__", "")
+        if name in COPIES:
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted_waits() -> Iterator[list[str]]:
+    """The names of what within the block would wait for a GPU, in their order. What a GPU computes
+    by other kernels counts as those of the CPU do."""
+    waits: list[str] = []
+    with _Operations(waits), _Methods(waits):
+        yield waits
