@@ -113,13 +113,15 @@ def proposals(
     # Their boxes.
     deltas = output.regression.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
     boxes, scores = CODER.decode(anchors[index], deltas), ranked.gather(1, index)
-    # In each image: those that are not empty after clipping, and apart from better ones. A network
-    # that has learned nothing yet leaves most apart.
+    # Cut to the image, best first; those that are empty then come last.
+    boxes = torch.stack([clip(b, size) for b, size in zip(boxes, scene.sizes, strict=True)])
+    valid = (boxes[..., 2:] > boxes[..., :2]).all(-1) & scores.isfinite()
+    scores, order = scores.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True)
+    counts = valid.sum(1).tolist()
+    # In each image those apart from better ones. A network that has learned nothing yet leaves most
+    # apart.
     kept = []
-    for image_boxes, score, size in zip(boxes, scores, scene.sizes, strict=True):
-        clipped = clip(image_boxes, size)
-        valid = (clipped[:, 2:] > clipped[:, :2]).all(1) & score.isfinite()
-        order = score[valid].argsort(descending=True)
-        clipped, score, levels_kept = (t[valid][order] for t in (clipped, score, level_of))
-        kept.append(clipped[nms(clipped, score, levels_kept, 0.7, limit, first=3 * limit)])
+    for of_image, best, rows, count in zip(boxes, scores, order, counts, strict=True):
+        ranked, levels_of = of_image[rows[:count]], level_of[rows[:count]]
+        kept.append(ranked[nms(ranked, best[:count], levels_of, 0.7, limit, first=3 * limit)])
     return kept
