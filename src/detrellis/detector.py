@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.nn.backbone import Backbone
@@ -37,6 +38,8 @@ class Detector(nn.Module):
     Training schemes never enter it: they call `encode`, `queries` and `decode` from outside with
     more queries. Its `state_dict` is therefore the same whatever the detector was trained with.
     With `masks` the backbone gives one map more, the finest, which is the branch's alone.
+    `size_divisor`: images are padded to multiples of it; 1 where there are masks, which are of the
+    images as they are.
     """
 
     def __init__(
@@ -49,8 +52,10 @@ class Detector(nn.Module):
         *,
         postprocess: Postprocess,
         masks: MaskBranch | None = None,
+        size_divisor: int = 1,
     ) -> None:
         super().__init__()
+        self.size_divisor = size_divisor
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
         self.queries, self.decoder, self.masks = queries, decoder, masks
         self.postprocess = postprocess
@@ -65,6 +70,7 @@ class Detector(nn.Module):
 
     def encode(self, images: ImageBatch) -> Memory:
         """The encoded memory of the images."""
+        images = padded_to_multiple(images, self.size_divisor)
         maps = self.backbone(images.pixels)
         if self.masks is None:
             memory: Memory = self.encoder(self.neck(maps, images.padding), self.queries.head)
@@ -107,6 +113,28 @@ class Detector(nn.Module):
         width.
         """
         return self.postprocess(self(images), sizes)
+
+
+def padded_to_multiple(images: ImageBatch, divisor: int) -> ImageBatch:
+    """The images padded at the bottom and right to multiples of `divisor`.
+
+    A last cell that lies half on the image counts whole to deformable attention: its map is then
+    wider than the image, coarse ones more than fine ones, so that levels disagree on where things
+    are. Where it lies on padding its centre decides.
+    """
+    height, width = images.pixels.shape[-2:]
+    below, right = -height % divisor, -width % divisor
+    # Sizes that a traced program leaves open are numbers of no value: it pads by whatever it takes.
+    if isinstance(below, int) and isinstance(right, int) and not (below or right):
+        return images
+    padding = images.padding
+    if padding is None:
+        y = torch.arange(height + below, device=images.pixels.device)
+        x = torch.arange(width + right, device=images.pixels.device)
+        padding = ((y[:, None] >= height) | (x >= width)).expand(images.pixels.shape[0], -1, -1)
+    else:
+        padding = F.pad(padding, (0, right, 0, below), value=True)
+    return ImageBatch(F.pad(images.pixels, (0, right, 0, below)), padding)
 
 
 @contextlib.contextmanager

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from detrellis.detector import padded_to_multiple
 from detrellis.nn.hybrid import HybridNeck
 from detrellis.nn.neck import MultiScaleNeck, SingleScaleNeck
 from detrellis.nn.projector import Projector
 from detrellis.nn.pyramid import PyramidNeck
 from detrellis.nn.spatial import AnchorPosition
 from detrellis.training import TrainableDetector
-from detrellis.types import MaskFeatures, Memory, Queries, Spatial
+from detrellis.types import ImageBatch, MaskFeatures, Memory, Queries, Spatial
 
 from ..small import images, small
 from .models import every_detector, make, maps_for_neck, predict, with_mask_features
@@ -106,3 +107,20 @@ def test_padding_further_changes_no_prediction(name: str) -> None:
         hidden = nn.functional.pad(hidden, (0, 128, 0, 128), value=True)
         further = further._replace(masks=MaskFeatures(map_, (256, 256), hidden))
     torch.testing.assert_close(predict(model, plain), predict(model, further), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_parts_of_cells_are_padded_to_whole_ones() -> None:
+    detector = make("tiny").eval().detector
+    assert detector.size_divisor == 32
+    for sizes in (((70, 90), (70, 90)), ((70, 64), (33, 90))):
+        given = images(sizes)
+        by_hand = images((*sizes, (96, 96)))
+        assert by_hand.padding is not None
+        expected = detector(ImageBatch(by_hand.pixels[:2], by_hand.padding[:2]))
+        output = detector(given)
+        assert torch.equal(output.boxes, expected.boxes)
+        assert torch.equal(output.logits, expected.logits)
+        assert padded_to_multiple(given, 1) is given
+    whole = images(((64, 96), (64, 96)))
+    assert padded_to_multiple(whole, 32) is whole

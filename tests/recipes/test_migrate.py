@@ -67,7 +67,11 @@ SINCE = (
 OF_THE_STUDY = ["optim.lr=1e-3", "detector.queries.count=30"]
 # What recipes have changed since.
 THEN = {
-    "tiny": ["data.match_orientation=false", "data.group_by_aspect=false"],
+    "tiny": [
+        "data.match_orientation=false",
+        "data.group_by_aspect=false",
+        "detector.size_divisor=1",
+    ],
     "stable-dino-r50": ["detector.encoder.fusion=false"],
 }
 # A recipe, and what it was changed in, as this version says it.

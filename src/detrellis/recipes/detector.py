@@ -248,6 +248,8 @@ class DetectorConfig(Config):
     eps: Annotated[float, within(0, 0.5, above=True, below=True)] = 1e-5  # of the inverse sigmoid
     position_temperature: Annotated[float, within(1, 1e6)] = 10000.0
     position_offset: Annotated[float, within(-1, 1)] = -0.5
+    # Without masks, batches are padded to multiples of it, so that no map ends with a part of a cell
+    size_divisor: Annotated[int, within(1, 256)] = 1
     top_k: Count = 100  # detections of an image, at most
     # detections whose IoU with a better one of their class is higher lose score; None: off
     soft_nms: ZeroToOne | None = None

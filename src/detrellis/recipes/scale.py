@@ -31,7 +31,10 @@ def tiny_sized(recipe: Recipe) -> Recipe:
     if queries.boxes_from_masks is not None:
         # Until masks are learned, boxes around them lead astray: docs/experiments/masks.md.
         queries = queries.replace(boxes_from_masks=None)
-    small = _parts(detector).replace(width=128, queries=queries, top_k=100, masks=masks)
+    # Of small pictures a part of a cell is much: docs/experiments/small.md
+    small = _parts(detector).replace(
+        width=128, queries=queries, top_k=100, masks=masks, size_divisor=32
+    )
     # From scratch the classes are what is learned last: at least Deformable DETR's weight, where
     # the loss is focal.
     focal = detector.scores == "sigmoid" and loss.classification == "focal"
