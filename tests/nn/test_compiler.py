@@ -18,8 +18,9 @@ from torch._dynamo.utils import counters
 
 from detrellis.engine import bench
 from detrellis.errors import UserError
-from detrellis.nn import compiler
-from detrellis.nn.compiler import EXTENSIONS, compile_layers, eager
+from detrellis.nn import compiled_layers
+from detrellis.nn.compiled_layers import compile_layers, eager
+from detrellis.nn.compiler import EXTENSIONS
 from detrellis.nn.kernels.deformable_cpu import COMPILE_FROM, Pieces
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
@@ -119,7 +120,7 @@ def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("g++ is missing\nmore")
 
-    monkeypatch.setattr(compiler.torch, "compile", fail)
+    monkeypatch.setattr(compiled_layers.torch, "compile", fail)
     with pytest.raises(UserError, match="does not work on cpu: g\\+\\+ is missing") as raised:
         compile_layers(nn.Identity(), CPU)
     assert "optim.compile=false" in raised.value.remedy

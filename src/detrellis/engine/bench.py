@@ -24,7 +24,8 @@ from detrellis.distributed import pick_device
 from detrellis.engine.measure import image_size
 from detrellis.engine.optim import build_optimizer
 from detrellis.errors import UserError
-from detrellis.nn.compiler import compile_layers, import_compiler
+from detrellis.nn.compiled_layers import compile_layers
+from detrellis.nn.compiler import import_compiler
 from detrellis.nn.deformable import DeformableAttention
 from detrellis.nn.kernels.deformable_cpu import path_taken
 from detrellis.recipes.build import build

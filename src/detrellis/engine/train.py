@@ -46,7 +46,7 @@ from detrellis.engine.samples import SHEET, samples_sheet
 from detrellis.engine.saves import RunSaves
 from detrellis.engine.state import TrainJob, TrainState, fresh_state, origins_of, patience_left
 from detrellis.errors import UserError
-from detrellis.nn.compiler import compile_layers, eager
+from detrellis.nn.compiled_layers import compile_layers, eager
 from detrellis.signals import collected
 from detrellis.terminal import Terminal
 from detrellis.training import StepOutput
