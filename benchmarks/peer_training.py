@@ -17,7 +17,6 @@ import time
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.data.annotations import Annotations
@@ -26,6 +25,7 @@ from detrellis.data.layout import find_data
 from detrellis.data.loader import build_loader
 from detrellis.data.records import to_annotations
 from detrellis.data.sampler import BatchSampler
+from detrellis.detector import padded_to_multiple
 from detrellis.distributed import World
 from detrellis.engine.coco_eval import CocoEvaluator
 from detrellis.engine.ema import EMA
@@ -36,7 +36,7 @@ from detrellis.nn.backbone import TimmBackbone
 from detrellis.postprocess import Postprocess
 from detrellis.recipes import find_recipe
 from detrellis.recipes.build_backbone import pretrained_source, starting_from
-from detrellis.types import DecoderOutput
+from detrellis.types import DecoderOutput, ImageBatch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import transformers
@@ -55,7 +55,7 @@ SIZES: dict[str, Any] = {  # of `small`, where the two have something in common
     "decoder_attention_heads": 8,
     "num_queries": 100,
 }
-COARSEST_STRIDE = 32
+COARSEST_STRIDE = 32  # pixels; its encoder takes whole cells alone
 POSTPROCESS = Postprocess(top_k=100)
 
 
@@ -87,35 +87,28 @@ class Peer(nn.Module):
         """The training loss. It knows no padding,
         so that its boxes are relative to the padded image.
         """
-        pixels, valid = padded(batch)
-        targets = batch.targets
-        scaled = targets.boxes * valid[targets.image].repeat(1, 2)
+        images, targets = padded_to_multiple(batch.images, COARSEST_STRIDE), batch.targets
+        scaled = targets.boxes * valid_part(images)[targets.image].repeat(1, 2)
         split = zip(targets.labels.split(targets.sizes), scaled.split(targets.sizes), strict=True)
         labels = [{"class_labels": classes, "boxes": boxes} for classes, boxes in split]
-        loss: Tensor = self.network(pixel_values=pixels, labels=labels).loss
+        loss: Tensor = self.network(pixel_values=images.pixels, labels=labels).loss
         return loss
 
     def detections(self, batch: Batch) -> Any:
         """The best detections of each image, as COCO counts them."""
-        pixels, valid = padded(batch)
-        output = self.network(pixel_values=pixels)
-        boxes = output.pred_boxes / valid[:, None].repeat(1, 1, 2)
+        images = padded_to_multiple(batch.images, COARSEST_STRIDE)
+        output = self.network(pixel_values=images.pixels)
+        boxes = output.pred_boxes / valid_part(images)[:, None].repeat(1, 1, 2)
         states = boxes.new_zeros(1, *boxes.shape[:2], 0)  # nobody reads them
         return POSTPROCESS(DecoderOutput(output.logits[None], boxes[None], states), batch.sizes)
 
 
-def padded(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The images, padded to multiples of the coarsest map's stride, which this encoder needs, and
-    (B, 2) fraction of the padded width and height that each fills.
-    """
-    pixels, padding = batch.images.pixels, batch.images.padding
-    height, width = pixels.shape[-2:]
-    pixels = F.pad(pixels, (0, -width % COARSEST_STRIDE, 0, -height % COARSEST_STRIDE))
+def valid_part(images: ImageBatch) -> Tensor:
+    """(B, 2) fraction of the padded width and height that each image fills."""
+    padding = images.padding
     if padding is None:
-        filled = torch.tensor([[width, height]]).expand(len(pixels), 2)
-    else:
-        filled = torch.stack([(~padding[:, 0]).sum(1), (~padding[:, :, 0]).sum(1)], 1)
-    return pixels, filled / torch.tensor([pixels.shape[-1], pixels.shape[-2]])
+        return torch.ones(len(images.pixels), 2)
+    return torch.stack([(~padding[:, 0]).float().mean(1), (~padding[:, :, 0]).float().mean(1)], 1)
 
 
 def train(

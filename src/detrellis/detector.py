@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.nn.backbone import Backbone
@@ -122,19 +121,11 @@ def padded_to_multiple(images: ImageBatch, divisor: int) -> ImageBatch:
     wider than the image, coarse ones more than fine ones, so that levels disagree on where things
     are. Where it lies on padding its centre decides.
     """
-    height, width = images.pixels.shape[-2:]
-    below, right = -height % divisor, -width % divisor
+    below, right = (-side % divisor for side in images.pixels.shape[-2:])
     # Sizes that a traced program leaves open are numbers of no value: it pads by whatever it takes.
     if isinstance(below, int) and isinstance(right, int) and not (below or right):
         return images
-    padding = images.padding
-    if padding is None:
-        y = torch.arange(height + below, device=images.pixels.device)
-        x = torch.arange(width + right, device=images.pixels.device)
-        padding = ((y[:, None] >= height) | (x >= width)).expand(images.pixels.shape[0], -1, -1)
-    else:
-        padding = F.pad(padding, (0, right, 0, below), value=True)
-    return ImageBatch(F.pad(images.pixels, (0, right, 0, below)), padding)
+    return images.padded(below, right)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Channels = tuple[float, float, float]  # red, green, blue
@@ -34,6 +35,17 @@ class ImageBatch(NamedTuple):
             None if self.padding is None else self.padding.to(device, non_blocking=non_blocking)
         )
         return ImageBatch(self.pixels.to(device, non_blocking=non_blocking), padding)
+
+    def padded(self, below: int, right: int) -> ImageBatch:
+        """This batch with so many rows of padding more below, and columns on the right."""
+        (count, _, height, width), frame = self.pixels.shape, (0, right, 0, below)
+        if self.padding is None:
+            y = torch.arange(height + below, device=self.pixels.device)
+            x = torch.arange(width + right, device=self.pixels.device)
+            padding = ((y[:, None] >= height) | (x >= width)).expand(count, -1, -1)
+        else:
+            padding = F.pad(self.padding, frame, value=True)
+        return ImageBatch(F.pad(self.pixels, frame), padding)
 
 
 class Targets(NamedTuple):

@@ -5,7 +5,6 @@ with the preprocessing that it was trained with.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.boxes import cxcywh_to_xyxy
@@ -70,7 +69,4 @@ class ExportGraph(nn.Module):
         if self.canvas is None:
             return ImageBatch(pixels)
         (height, width), (rows, columns) = pixels.shape[-2:], self.canvas
-        pixels = F.pad(pixels, (0, columns - width, 0, rows - height))
-        y, x = (torch.arange(side, device=images.device) for side in self.canvas)
-        padding = (y[:, None] >= height) | (x[None] >= width)
-        return ImageBatch(pixels, padding.expand(images.shape[0], -1, -1))
+        return ImageBatch(pixels).padded(rows - height, columns - width)

@@ -230,9 +230,9 @@ def _differences(family: Family, recipe: Recipe) -> list[str]:
         )
     if family.processor == RF_PROCESSOR and recipe.data.antialias:
         differences.append("pictures are made smaller without antialiasing")
-    if recipe.detector.size_divisor > 1:
+    if recipe.detector.pads_to > 1:
         differences.append(
-            f"pictures are not padded to multiples of {recipe.detector.size_divisor} pixels"
+            f"pictures are not padded to multiples of {recipe.detector.pads_to} pixels"
         )
     if recipe.detector.soft_nms is not None:
         differences.append("post-processing has no soft-NMS")

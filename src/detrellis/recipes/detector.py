@@ -255,6 +255,11 @@ class DetectorConfig(Config):
     soft_nms: ZeroToOne | None = None
 
     @property
+    def pads_to(self) -> int:
+        """What the sides of a batch are padded to multiples of; masks are of images as they are."""
+        return self.size_divisor if self.masks is None else 1
+
+    @property
     def two_stage(self) -> bool:
         """Whether the encoder proposes the queries' boxes."""
         return isinstance(self.queries, ProposalQueriesConfig | MixedQueriesConfig)

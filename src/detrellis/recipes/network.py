@@ -374,7 +374,7 @@ def build_detector(config: DetectorConfig, classes: int) -> Detector:
         decoder,
         postprocess=build_postprocess(config),
         masks=masks,
-        size_divisor=config.size_divisor if masks is None else 1,
+        size_divisor=config.pads_to,
     )
 
 

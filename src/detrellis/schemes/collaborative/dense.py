@@ -202,7 +202,8 @@ def assign_usable(
     usable = on_host(usable_cells(scene.shapes, scene.strides, scene.sizes).unbind())
     owners = []
     for on_image, boxes in zip(usable, scene.boxes, strict=True):
-        per_level = [each * int(n) for n in np.add.reduceat(on_image, np.cumsum([0, *cells[:-1]]))]
+        levels = np.split(on_image, np.cumsum(cells[:-1]))
+        per_level = [each * int(level.sum()) for level in levels]
         if on_image.all():
             owners.append(assign(anchors, per_level, boxes))
             continue
