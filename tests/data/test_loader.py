@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -366,6 +367,32 @@ def test_can_be_sent_to_a_spawned_worker(annotations: Annotations) -> None:
     dataset = DetectionDataset(annotations, AUGMENTATIONS["detr"](), seed=5)
     again = pickle.loads(pickle.dumps(dataset))
     assert_same(again[1, 3], dataset[1, 3])
+
+
+STOPS = """
+import pickle, sys
+from detrellis.data.loader import build_loader
+from detrellis.data.sampler import EvalSampler
+dataset = pickle.load(sys.stdin.buffer)
+loader = build_loader(dataset, EvalSampler(len(dataset), 1), workers=1)
+for batch in loader:
+    raise RuntimeError("of the caller's own")
+"""
+
+
+def test_an_error_of_the_caller_ends_the_process(annotations: Annotations) -> None:
+    """Its traceback holds the loader until the interpreter has gone,
+    whose workers ignore the signal by which Python asks them to end.
+    """
+    dataset = DetectionDataset(annotations, train_transform("none", 64))
+    done = subprocess.run(
+        [sys.executable, "-c", STOPS],
+        input=pickle.dumps(dataset),
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert b"RuntimeError: of the caller's own" in done.stderr
 
 
 def crowded(images: int, each: int, bitmaps: bool = False) -> DetectionDataset:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +23,7 @@ class Loader:
 
     def __init__(self, batches: DataLoader[Sample], sampler: BatchSampler | EvalSampler) -> None:
         self.batches, self.sampler = batches, sampler
+        atexit.register(_close, weakref.ref(self))
 
     @property
     def dataset(self) -> DetectionDataset:
@@ -48,6 +51,13 @@ class Loader:
         iterator, self.batches._iterator = self.batches._iterator, None
         if iterator is not None and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
+
+
+def _close(loader: weakref.ref[Loader]) -> None:
+    """At the exit of the interpreter: end the workers of a loader that is still there, because the
+    traceback of an error holds it. Python asks them by a signal, which they ignore, and waits."""
+    if (left := loader()) is not None:
+        left.close()
 
 
 def _next(batches: Iterator[Batch | WorkerError]) -> Batch | None:
