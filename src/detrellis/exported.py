@@ -159,7 +159,9 @@ def _open_openvino(path: Path) -> Network:
             f"{path}: openvino is not installed, which runs it", INSTALL_OPENVINO
         ) from None
     core = openvino.Core()
-    core.set_property("CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    # By itself it rounds to bf16 on CPUs that multiply matrices of them (AMX)
+    how = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    core.set_property("CPU", how)
     try:
         model = core.read_model(path)
         compiled = core.compile_model(model, "AUTO")
