@@ -14,7 +14,7 @@ from common import arguments, interleaved
 from torch import Tensor
 
 from detrellis.nn.backbone import ResNet
-from detrellis.nn.kernels.linear import linear
+from detrellis.nn.kernels.linear import onednn_linear
 
 ROWS, INPUTS, OUTPUTS = 4250, 256, 1024  # two images of 320x320 through a feed-forward block
 
@@ -29,7 +29,7 @@ def products(layer: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
 
 def backbone(memory_format: torch.memory_format) -> Callable[[], object]:
     """Forward of one image of 640x640."""
-    model = ResNet("resnet50", (8, 16, 32), pretrained=False, norm="frozen").to(
+    model = ResNet("resnet50", (8, 16, 32), pretrained=None, norm="frozen").to(
         memory_format=memory_format
     )
     pixels = torch.randn(1, 3, 640, 640).to(memory_format=memory_format)
@@ -48,7 +48,9 @@ def main() -> None:
     arguments(__doc__).parse_args()
     torch.set_num_threads(1)
     work = 3 * 2 * ROWS * INPUTS * OUTPUTS / 1e9
-    seconds = interleaved({"torch": products(F.linear), "oneDNN": products(linear)}, 20, warmup=3)
+    seconds = interleaved(
+        {"torch": products(F.linear), "oneDNN": products(onednn_linear)}, 20, warmup=3
+    )
     for name, values in seconds.items():
         print(f"{name:14} {work / min(values):6.0f} GFLOP/s in forward and backward")
     formats = {"channels first": torch.contiguous_format, "channels last": torch.channels_last}

@@ -5,6 +5,7 @@ and torch's own path wherever oneDNN has nothing to offer.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,12 @@ from detrellis.nn.attention import DenseAttention, SelfAttention
 from detrellis.nn.kernels import linear as module
 from detrellis.nn.kernels.linear import linear
 from detrellis.types import Memory, Segment, Spatial
+
+FASTER = module._faster.__wrapped__  # without what an earlier question was answered
+
+
+def missing(path: Path) -> str:
+    raise FileNotFoundError(path)
 
 
 @pytest.fixture
@@ -32,6 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(module, "_product", counted)
     monkeypatch.setattr(module, "WORTH", 1)
+    monkeypatch.setattr(module, "_faster", lambda: True)
     return found
 
 
@@ -111,6 +119,21 @@ def test_other_precisions_take_torchs_path(calls: list[int]) -> None:
         assert layer(x).dtype == torch.bfloat16
     layer.double()(x.double())
     assert not calls
+
+
+@pytest.mark.parametrize(("processor", "faster"), [("GenuineIntel", False), ("AuthenticAMD", True)])
+def test_intels_processors_keep_torchs_product(
+    processor: str, faster: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Linux names them, and as Windows does."""
+    monkeypatch.setattr(module.Path, "read_text", lambda _: f"vendor_id : {processor}")
+    assert FASTER() is faster
+    monkeypatch.setattr(module.Path, "read_text", missing)
+    monkeypatch.setattr(module.platform, "processor", lambda: f"Intel64 Family 6, {processor}")
+    assert FASTER() is faster
+    monkeypatch.setattr(module, "_faster", FASTER)
+    fast_linear()(torch.randn(5, 4))
+    assert bool(calls) is faster
 
 
 def test_looking_for_the_product_draws_nothing() -> None:

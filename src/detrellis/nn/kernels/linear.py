@@ -1,16 +1,17 @@
 """Matrix products of linear layers, by oneDNN on a CPU; `nn/accelerate.py` puts them into a model.
 
 torch multiplies float32 matrices with MKL, which on CPUs that are not Intel's runs at half the
-speed of oneDNN or less: 104 against 211 GFLOP/s on the AMD EPYC of docs/performance.md
-(benchmarks/linear.py). Such products are most of a training step. torch ships oneDNN and reaches it
-from compiled code only, so this asks for the operation that compiled code asks for. It is private
-to torch: where it is missing or does not work, and wherever else it has nothing to offer,
-`F.linear` is used.
+speed of oneDNN or less, and on Intel's is faster (docs/performance.md; benchmarks/linear.py). Such
+products are most of a training step. torch ships oneDNN and reaches it from compiled code only, so
+this asks for the operation that compiled code asks for. It is private to torch: where it is missing
+or does not work, and wherever else it has nothing to offer, `F.linear` is used.
 """
 
 from __future__ import annotations
 
+import platform
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,16 @@ from torch.autograd.function import once_differentiable
 
 # Multiplications below which the call costs more than it wins.
 WORTH = 2**22
+
+
+@cache
+def _faster() -> bool:
+    """Whether oneDNN's product is faster than torch's own: on any CPU that is not Intel's."""
+    try:
+        processor = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        processor = platform.processor()
+    return "GenuineIntel" not in processor
 
 
 @cache
@@ -76,7 +87,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     single = x.dtype is weight.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not single or x.numel() * len(weight) < WORTH or not _available():
+    if not single or x.numel() * len(weight) < WORTH or not (_faster() and _available()):
         return F.linear(x, weight, bias)
+    return onednn_linear(x, weight, bias)
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `linear`, by oneDNN on whatever CPU; float32 alone."""
     out: Tensor = _Linear.apply(x, weight, bias)
     return out
