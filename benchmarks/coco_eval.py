@@ -107,7 +107,9 @@ def pycocotools(
     start = time.perf_counter()
     results: list[dict[str, Any]] = []
     for image_id, d in zip(a.image_ids.tolist(), found, strict=True):
-        for score, label, (x, y, x2, y2) in zip(*(t.tolist() for t in d), strict=True):
+        for score, label, (x, y, x2, y2) in zip(
+            *(t.tolist() for t in (d.scores, d.labels, d.boxes)), strict=True
+        ):
             results.append(
                 {
                     "image_id": image_id,

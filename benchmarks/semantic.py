@@ -105,7 +105,7 @@ def compare_memory() -> list[Row]:
     ignore = storages_of(x, *where[:2], memory.tokens, memory.position, *layer.parameters())
 
     def forward() -> Tensor:
-        out: Tensor = layer(x, where, memory, (Segment("main", QUERIES),))
+        out: Tensor = layer(x, where, memory, (Segment("main", QUERIES),))[0]
         return out
 
     ours = forward().detach(), saved_bytes(forward, ignore), peak_bytes(forward)
@@ -124,7 +124,7 @@ def layer_steps(shape: tuple[int, int]) -> dict[str, Callable[[], object]]:
     layer, (x, where, memory) = make_layer(prior=False), inputs(shape)
 
     def once() -> None:
-        layer(x, where, memory, (Segment("main", QUERIES),)).sum().backward()
+        layer(x, where, memory, (Segment("main", QUERIES),))[0].sum().backward()
 
     def released() -> None:
         with patch.object(semantic_module, "region_features", twice):
