@@ -215,6 +215,24 @@ def written(
     return make
 
 
+def test_openvino_is_asked_for_float32(
+    written: Callable[[ExportFormat, bool], ExportResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself it takes what a CPU is fastest with: bf16 where there is AMX, which most have not."""
+    openvino = pytest.importorskip("openvino")
+    asked: dict[str, object] = {}
+
+    class Core(openvino.Core):
+        def set_property(self, device: str, properties: dict[str, object]) -> None:
+            asked.update(properties)
+            super().set_property(device, properties)
+
+    made = written("openvino", False)
+    monkeypatch.setattr(openvino, "Core", Core)
+    load(made.exported.out)
+    assert asked["INFERENCE_PRECISION_HINT"] == "f32"
+
+
 @pytest.mark.parametrize(
     ("format_", "fp16"), [("onnx", True), ("torch", False), ("openvino", False), ("openvino", True)]
 )

@@ -23,7 +23,7 @@ class Loader:
 
     def __init__(self, batches: DataLoader[Sample], sampler: BatchSampler | EvalSampler) -> None:
         self.batches, self.sampler = batches, sampler
-        atexit.register(_close, weakref.ref(self))
+        _loaders.add(self)
 
     @property
     def dataset(self) -> DetectionDataset:
@@ -53,11 +53,15 @@ class Loader:
             iterator._shutdown_workers()
 
 
-def _close(loader: weakref.ref[Loader]) -> None:
-    """At the exit of the interpreter: end the workers of a loader that is still there, because the
-    traceback of an error holds it. Python asks them by a signal, which they ignore, and waits."""
-    if (left := loader()) is not None:
-        left.close()
+_loaders = weakref.WeakSet[Loader]()
+
+
+@atexit.register
+def _close_all() -> None:
+    """At the exit of the interpreter: end the workers of loaders that are still there, because the
+    traceback of an error holds them. Python asks them by a signal, which they ignore, and waits."""
+    for loader in list(_loaders):
+        loader.close()
 
 
 def _next(batches: Iterator[Batch | WorkerError]) -> Batch | None:

@@ -24,7 +24,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def accelerate(*models: nn.Module) -> None:
-    """Let the models' linear layers take oneDNN's matrix products on a CPU
+    """Let the models' linear layers take oneDNN's matrix products on a CPU where they are faster
     (`nn/kernels/linear.py`).
 
     Each layer gets another class and keeps everything else: parameters, hooks, its name in a state

@@ -1,4 +1,5 @@
-"""Matrix products of linear layers, by oneDNN on a CPU; `nn/accelerate.py` puts them into a model.
+"""Matrix products of linear layers, by oneDNN on a CPU that is not Intel's;
+`nn/accelerate.py` puts them into a model.
 
 torch multiplies float32 matrices with MKL, which on CPUs that are not Intel's runs at half the
 speed of oneDNN or less, and on Intel's is faster (docs/performance.md; benchmarks/linear.py). Such
