@@ -1,13 +1,15 @@
 """What only a GPU can tell, at the papers' sizes:
 deformable attention, and whole steps with and without a scheme.
 
-    python benchmarks/gpu.py [--rounds N] [--short 800]
+    python benchmarks/gpu.py [--rounds N] [--short 800] [--compile]
 
 One process, variants interleaved, median of the clock after the device has finished; ratios to the
 first line of each table. Pictures are `--short` pixels high and 5/3 as wide (800x1333 has the area
 that COCO's recipes see most); two a batch, 80 classes, ten boxes an image, bf16 as in training,
 random weights. Memory is what one model's step takes at most: its weights and AdamW's averages, and
-all that a step allocates.
+all that a step allocates. With --compile the layers of encoder and decoder are compiled, as with
+`-o optim.compile=true`. Operations are what a host has to launch, whatever their size; the kernels
+of compiled layers, which are none of torch's operations, are counted on a CPU alone.
 """
 
 from __future__ import annotations
@@ -19,15 +21,19 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch._inductor.config as inductor
 from common import interleaved
 from deformable import HEADS, WIDTH
 from torch import Tensor
+from torch.autograd.profiler_util import FunctionEvent
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from detrellis.nn.compiled_layers import compile_layers
 from detrellis.nn.kernels.deformable import ms_deform_attn
 from schemes import PLUS, SHARED, Stepper, Variant
 
 STRIDES, POINTS, WARMUP = (8, 16, 32, 64), 4, 3
+KERNEL = "graph_"  # how the profiler calls those that inductor writes for a CPU
 PATHS = {"grid_sample": "reference", "Triton": ""}
 STEPS = {
     "dino-r50": [Variant("align=4"), Variant("stable"), Variant("hybrid"), Variant("group=3")],
@@ -99,30 +105,55 @@ def report(
 
 
 class Counted(TorchDispatchMode):
-    """Counts the operations that are dispatched within it:
-    what a host has to launch, whatever their size.
-    """
+    """Counts the operations that are dispatched within it, also by what is compiled."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations = 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled layers run as they are, and not operation by operation for this mode."""
+        return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.operations += 1
         return func(*args, **(kwargs or {}))
 
 
-def steps(recipe: str, size: tuple[int, int], rounds: int, device: str) -> None:
+def operations(step: Callable[[], object]) -> int:
+    """The operations of one step and, on a CPU, the kernels that compiled layers call."""
+    with Counted() as counted:
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        step()
+    # Those within an operation of ours belong to it.
+    kernels = [e for e in profiled.events() if e.name.startswith(KERNEL) and not _within(e)]
+    return counted.operations + len(kernels)
+
+
+def _within(event: FunctionEvent) -> bool:
+    while (event := event.cpu_parent) is not None:
+        if event.name.startswith("detrellis::"):
+            return True
+    return False
+
+
+def steps(
+    recipe: str, size: tuple[int, int], rounds: int, device: str, *, compiled: bool = False
+) -> None:
     """Whole training steps of a recipe, without and with schemes."""
     named = {" ".join((v.scheme, *v.override)): v for v in STEPS[recipe]}
     variants = {
         name: Stepper(recipe, v, size, device) for name, v in [("without", None), *named.items()]
     }
+    if compiled:
+        inductor.cpp.enable_kernel_profile = True
+        for stepper in variants.values():
+            compile_layers(stepper.model, torch.device(device))
     memory = {name: peak(stepper, device) for name, stepper in variants.items()}
     for name, stepper in variants.items():
-        with Counted() as counted:
-            stepper(0)
-        print(f"{recipe} {name}: {counted.operations} operations a step")
+        print(f"{recipe} {name}: {operations(partial(stepper, 0))} operations a step", flush=True)
     calls = {name: partial(stepper, 0) for name, stepper in variants.items()}
     seconds = interleaved(calls, rounds, WARMUP, device)
     report(
@@ -161,6 +192,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--short", type=int, default=800)
     parser.add_argument("--recipe", choices=STEPS, action="append")
+    parser.add_argument("--compile", action="store_true", help="compile encoder and decoder layers")
     parser.add_argument("--device", default="cuda", help="cpu only tries the script")
     args = parser.parse_args()
     size = (args.short, round(args.short * 5 / 3))
@@ -173,7 +205,8 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             attention(name, dtype, size, args.rounds, args.device)
     for recipe in args.recipe or STEPS:
-        steps(recipe, (192, 256) if recipe == "tiny" else size, args.rounds, args.device)
+        area = (192, 256) if recipe == "tiny" else size
+        steps(recipe, area, args.rounds, args.device, compiled=args.compile)
 
 
 if __name__ == "__main__":
