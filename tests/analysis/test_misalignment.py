@@ -30,6 +30,7 @@ from detrellis.analysis.runs import run_names
 from detrellis.boxes import pairwise_iou
 from detrellis.data.formats.coco import read_coco
 from detrellis.data.records import to_annotations
+from detrellis.data.splits import SplitFiles
 from detrellis.distributed import World
 from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError
@@ -226,7 +227,7 @@ def test_the_truth_is_the_annotations_without_crowds(
     less = analyze(compared(run, val=file, val_images=images)).runs[0].statistics
     assert less.boxes == everything.boxes - 1 == len(source["annotations"]) - 1
 
-    annotations = to_annotations(read_coco(file, images, "val"))
+    annotations = to_annotations(read_coco("val", SplitFiles(file, (images,))))
     crowd = source["annotations"][0]
     row = annotations.image_ids.tolist().index(crowd["image_id"])
     labels, boxes = truth(annotations, row)

@@ -580,19 +580,34 @@ def moved(made: CocoSet, split: str, to: str) -> Path:
         "labels/export.json",
     ],
 )
-def test_one_coco_file_of_any_name_is_for_training(tmp_path: Path, name: str) -> None:
+def test_one_coco_file_of_any_name_is_for_training_and_validation(
+    tmp_path: Path, name: str
+) -> None:
     made = CocoSet(tmp_path)
     made.write()
     made.file("val").unlink()
     (tmp_path / "package.json").write_text('{"images": 3}')
     (tmp_path / "a.json").write_text("[]")
     moved(made, "train", name)
-    source = resolve(data=tmp_path)
-    assert content(load(source)["train"]) == expected("train")
-    if "default" in name:
-        (note,) = source.load("train").findings
-        assert note.code == "layout"
-        assert f"{name} is the only COCO file, so it is for training" in note.what
+    read = load(resolve(data=tmp_path))
+    parts = [content(read[split]) for split in ("train", "val")]
+    assert all(parts)
+    assert not parts[0] & parts[1]
+    assert parts[0] | parts[1] == expected("train")
+
+
+@pytest.mark.parametrize(
+    "name", ["annotations/train_v2_final.json", "labels-train.json", "train.json"]
+)
+def test_one_coco_file_that_is_called_train_is_for_training_alone(
+    tmp_path: Path, name: str
+) -> None:
+    made = CocoSet(tmp_path)
+    made.write()
+    made.file("val").unlink()
+    moved(made, "train", name)
+    read = load(resolve(data=tmp_path))
+    assert {split: content(found) for split, found in read.items()} == {"train": expected("train")}
 
 
 def test_names_tell_the_splits_of_several_coco_files(tmp_path: Path) -> None:

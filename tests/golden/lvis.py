@@ -12,6 +12,7 @@ import torch
 
 from detrellis.data.formats.coco import read_coco
 from detrellis.data.records import to_annotations
+from detrellis.data.splits import SplitFiles
 from detrellis.engine.coco_eval import CocoEvaluator
 from detrellis.types import Detections
 
@@ -25,7 +26,7 @@ def check_lvis_eval(a: Arrays) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "gt.json")
         file.write_text(str(a.data["gt"]))
-        annotations = to_annotations(read_coco(file, file.parent, "train"))
+        annotations = to_annotations(read_coco("train", SplitFiles(file, (file.parent,))))
         for kind, limit in (("bbox", 300), ("bbox", 1000), ("segm", 300)):
             evaluator = CocoEvaluator(annotations, top_k=limit)
             found: dict[int, list[dict[str, Any]]] = {

@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 from detrellis.data.annotations import Annotations
 from detrellis.data.formats.coco import read_coco
 from detrellis.data.records import to_annotations
+from detrellis.data.splits import SplitFiles
 from detrellis.engine.coco_eval import CocoEvaluator
 from detrellis.postprocess import Postprocess
 from detrellis.types import DecoderOutput, Detections, MaskFeatures
@@ -54,7 +55,7 @@ def check_mask_ap(a: Arrays) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "gt.json")
         file.write_text(str(a.data["gt"]))
-        annotations = to_annotations(read_coco(file, file.parent, "train"))
+        annotations = to_annotations(read_coco("train", SplitFiles(file, (file.parent,))))
         _compare(a, annotations)
 
 

@@ -126,7 +126,7 @@ def test_tiles_of_large_pictures_go_in_batches(model: Model, tmp_path: Path) -> 
 def test_evaluation_in_tiles(run: Path, tmp_path: Path) -> None:
     paths = [save(tmp_path / "pictures" / f"{i}.png", seed=i) for i in range(2)]
     detrellis.predict(run, paths, threshold=0.0, out=tmp_path / "out", format="coco")
-    on = {"data": tmp_path / "out" / "coco", "split": "train", "workers": 0, "skip_bad": "boxes"}
+    on = {"data": tmp_path / "out" / "coco", "workers": 0, "skip_bad": "boxes"}
     plain, tiled = detrellis.evaluate(run, **on), detrellis.evaluate(run, **on, tiles=64)
     assert plain.ap == tiled.ap
     assert plain.ap > 0.1

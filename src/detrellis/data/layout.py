@@ -20,13 +20,14 @@ from detrellis.data.formats.coco_files import coco_among, find_coco_files
 from detrellis.data.formats.coco_images import ImageFolder, find_images
 from detrellis.data.formats.csv_boxes import CSV, read_csv
 from detrellis.data.formats.labelme import find_labelme, is_labelme, labelme_files, read_labelme
+from detrellis.data.formats.lookup import split_named
 from detrellis.data.formats.pictures import GivenImages, find_one_file, listed, one_file_splits
 from detrellis.data.formats.via import VIA, is_via, read_via
 from detrellis.data.formats.voc import find_voc, read_voc, voc_folders
 from detrellis.data.formats.yolo import read_yolo
 from detrellis.data.formats.yolo_files import find_yolo, labels_without_names
 from detrellis.data.records import RawDataset
-from detrellis.data.splits import SPLITS, SplitFiles
+from detrellis.data.splits import SPLITS, SplitFiles, both_parts
 from detrellis.errors import UserError, brief
 
 Kind = Literal["coco", "yolo", "voc", "labelme", "via", "csv"]
@@ -89,10 +90,7 @@ class DataSource:
         if self.kind in READERS:
             return READERS[self.kind](self.splits, wanted)
         files = {split: self.splits[split] for split in wanted}
-        return {
-            split: read_coco(f.annotations, f.images[0], split, outlines=outlines)
-            for split, f in files.items()
-        }
+        return {split: read_coco(split, f, outlines=outlines) for split, f in files.items()}
 
     def _with_note(self, raw: RawDataset) -> RawDataset:
         """With the finding of what had to be decided to find its files."""
@@ -225,9 +223,12 @@ def _xml(folder: Path, split: str, given: GivenImages) -> SplitFiles:
     return SplitFiles(annotations, (images,))
 
 
-def _coco(files: Mapping[str, Path], given: GivenImages, why: str = "") -> DataSource:
+def _coco(
+    files: Mapping[str, Path], given: GivenImages, why: str = "", *, parts: bool = False
+) -> DataSource:
     """COCO files; many sets have one folder of images for both,
-    so that of `train` is looked at for the others too.
+    so that of `train` is looked at for the others too. `parts`: the one file is train and val
+    together.
     """
     nearby = [folder for folder in (given.get("train"),) if folder is not None]
     splits = {}
@@ -236,7 +237,7 @@ def _coco(files: Mapping[str, Path], given: GivenImages, why: str = "") -> DataS
         chosen = find_images(file, nearby) if images is None else ImageFolder(images)
         note = "; ".join(filter(None, (why if split == "train" else "", chosen.why))) or None
         splits[split] = SplitFiles(file, (chosen.folder.resolve(),), note=note)
-    return DataSource("coco", splits)
+    return DataSource("coco", both_parts(splits["train"]) if parts else splits)
 
 
 def _must_exist(path: Path) -> None:
@@ -292,7 +293,7 @@ def _recognised(data: Path, given: GivenImages) -> DataSource | None:
     if splits := find_one_file(VIA, data, given):
         return DataSource("via", splits)
     if coco := find_coco_files(data):
-        return _coco(coco.files, given, coco.why)
+        return _coco(coco.files, given, coco.why, parts=coco.parts)
     if splits := find_yolo(data):
         return DataSource("yolo", splits)
     if splits := find_voc(data, given):
@@ -330,7 +331,7 @@ def _single_file(file: Path, given: GivenImages) -> DataSource:
     if file.suffix.lower() == ".csv":
         return DataSource("csv", one_file_splits(CSV, {"train": file}, given, parts=True))
     if file.suffix.lower() == ".json":
-        return _coco({"train": file}, given)
+        return _coco({"train": file}, given, parts=split_named(file.stem) is None)
     splits = find_yolo(file) if file.suffix.lower() in (".yaml", ".yml") else None
     if splits is None:
         raise UserError(

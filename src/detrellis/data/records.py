@@ -99,6 +99,27 @@ class RawDataset:
         """The id of annotation `box` in the user's files; None where they have none."""
         return int(self.ids[box]) if self.label_files is None else None
 
+    def part(self, images: NDArray[np.bool_], *, others: bool) -> RawDataset:
+        """The split with only the images where the mask `images (I,)` is True,
+        and all that is wrong with them. `others`: and what belongs to no image.
+        """
+        boxes = np.append(images, others)[self.box_rows]
+        places = {
+            "image": np.where(images, np.cumsum(images) - 1, -1),
+            "annotation": np.where(boxes, np.cumsum(boxes) - 1, -1),
+        }
+        part = self.take(images, boxes)
+        written = {
+            int(places["annotation"][box]): text for box, text in self.written.items() if boxes[box]
+        }
+        findings = []
+        for f in self.findings:
+            if f.row is None or f.noun not in places:
+                findings += [f] * others
+            elif (row := int(places[f.noun][f.row])) >= 0:
+                findings.append(replace(f, row=row))
+        return replace(part, written=written, findings=tuple(findings))
+
     def take(self, images: NDArray[np.bool_], boxes: NDArray[np.bool_]) -> RawDataset:
         """The split with only the images and boxes where the masks `images (I,)` and `boxes (T,)`
         are True.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
+
+from detrellis.data.findings import Finding, finding
 
 Item = TypeVar("Item")
 
@@ -29,13 +31,37 @@ def held_out(stems: Iterable[str]) -> set[str]:
 
 def select_part(items: Sequence[Item], stem: Callable[[Item], str], part: str | None) -> list[Item]:
     """The items whose image trains or validates, by `part`; all of them where it is None.
+    A single image does both.
 
     `stem` gives the name of an item's image, without suffix.
     """
-    if part is None:
+    stems = [stem(item) for item in items]
+    if part is None or len(set(stems)) == 1:
         return list(items)
-    validating = held_out(map(stem, items))
-    return [item for item in items if (stem(item) in validating) == (part == "val")]
+    validating = held_out(stems)
+    return [
+        item
+        for item, name in zip(items, stems, strict=True)
+        if (name in validating) == (part == "val")
+    ]
+
+
+def both_parts(files: SplitFiles) -> dict[str, SplitFiles]:
+    """Train and val of the same files, where nothing says which images are which."""
+    return {
+        part: replace(files, part=part, note=files.note if part == "train" else None)
+        for part in ("train", "val")
+    }
+
+
+def fixed_parts_note(split: str, files: SplitFiles, reason: str) -> list[Finding]:
+    """The note that train and val are fixed parts of the same files, for a `reason`;
+    one of the two splits has it.
+    """
+    if split != "train" or files.part is None:
+        return []
+    what = f"{reason}: a fixed {HELD_OUT - 1} in {HELD_OUT} images train, the others validate"
+    return [finding("layout", split, files.annotations, what)]
 
 
 def _hash(stem: str) -> int:

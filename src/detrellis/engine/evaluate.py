@@ -57,7 +57,10 @@ class EvalOptions:
 def evaluated_split(
     run: str | Path, run_data: Mapping[str, Any] | None, options: EvalOptions
 ) -> tuple[DataSource, str]:
-    """The data set and the split to evaluate on, of a run that was trained on `run_data`."""
+    """The data set and the split to evaluate on, of a run that was trained on `run_data`.
+
+    Other data whose files do not tell what validates are evaluated on as a whole.
+    """
     data, split = options.data, options.split
     if options.val is not None:
         return find_data(None, options.val, options.val_images), "train"
@@ -78,7 +81,19 @@ def evaluated_split(
         )
     if data is None:
         check_data_exists(Path(run), source, (split,), ("eval", Path(run)))
+    elif split == "val" and source.splits[split].part and not _trained_on(source, run_data):
+        return replace(
+            source, splits={"train": replace(source.splits["train"], part=None)}
+        ), "train"
     return source, split
+
+
+def _trained_on(source: DataSource, run_data: Mapping[str, Any] | None) -> bool:
+    """Whether a run that was trained on `run_data` was trained on images of the same files."""
+    if run_data is None:
+        return False
+    trained = DataSource.from_dict(run_data).splits.get("train")
+    return trained is not None and trained.annotations == source.splits["train"].annotations
 
 
 def eval_loader(

@@ -18,6 +18,7 @@ from detrellis.data.doctor.fix import fix
 from detrellis.data.formats.coco import read_coco
 from detrellis.data.layout import resolve
 from detrellis.data.records import RawDataset, to_annotations
+from detrellis.data.splits import SplitFiles
 from detrellis.errors import UserError
 from tests.data.sets import BOXES, COUNTS, CocoSet, coco_content, image_name
 
@@ -25,7 +26,7 @@ from tests.data.sets import BOXES, COUNTS, CocoSet, coco_content, image_name
 def read(tmp_path: Path, content: Any) -> RawDataset:
     file = tmp_path / "ann.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
-    return read_coco(file, tmp_path, "train")
+    return read_coco("train", SplitFiles(file, (tmp_path,)))
 
 
 @pytest.mark.parametrize("ids", [(0, 1, 2), (1, 2, 3), (3, 17, 90), (7, 5, 1000)])

@@ -23,6 +23,7 @@ from detrellis.data.formats.coco_rows import CocoTable
 from detrellis.data.formats.lookup import real_names, renaming_notes
 from detrellis.data.formats.lvis import federated_notes, federation_of
 from detrellis.data.records import RawDataset
+from detrellis.data.splits import SplitFiles, fixed_parts_note, select_part
 from detrellis.errors import UserError
 
 SHAPE = 'A COCO detection file is {"images": [...], "annotations": [...], "categories": [...]}.'
@@ -32,16 +33,17 @@ CROWD = (1, "1", "true", "True")  # values of `iscrowd` that say so; True and 1.
 ROOT_KEY = "image_root"  # in `info`: where `fix` writes down the folder of the images
 
 
-def read_coco(file: Path, images: Path, split: str, *, outlines: bool = False) -> RawDataset:
-    """The split in `file`, whose `file_name`s are relative to `images`,
+def read_coco(split: str, files: SplitFiles, *, outlines: bool = False) -> RawDataset:
+    """The split in a file, whose `file_name`s are relative to its folder of images,
     or to be found near it (see `lookup`).
 
     With `outlines` the objects' are kept as they were parsed, for a caller who needs all of them
     and lets go soon; otherwise the file is read again for them.
     """
+    file = files.annotations
     with not_collecting():
         content = load_json(file)
-        raw = _with_sizes(_columns(content, file, images, split))
+        raw = _with_sizes(_part(_columns(content, file, files.images[0], split), files))
         if not outlines:
             return raw
         return replace(
@@ -53,6 +55,21 @@ def read_coco(file: Path, images: Path, split: str, *, outlines: bool = False) -
 def load_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `UserError` with the line where it is malformed."""
     return read_object(file, SHAPE)
+
+
+def _part(raw: RawDataset, files: SplitFiles) -> RawDataset:
+    """The split's part of a file that is train and val together."""
+    if files.part is None:
+        return raw
+    _, first, same = np.unique(raw.image_ids, return_index=True, return_inverse=True)
+    # Images of one id stay together, or nobody would see that they have the same.
+    stems = [Path(raw.file_names[row]).stem for row in first[same].tolist()]
+    chosen = select_part(range(len(raw)), stems.__getitem__, files.part)
+    images = np.zeros(len(raw), dtype=np.bool_)
+    images[chosen] = True
+    part = raw.part(images, others=files.part == "train")
+    notes = fixed_parts_note(raw.split, files, "one COCO file")
+    return replace(part, findings=(*notes, *part.findings))
 
 
 def _columns(content: Mapping[str, Any], file: Path, root: Path, split: str) -> RawDataset:

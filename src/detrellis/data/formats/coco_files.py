@@ -27,6 +27,7 @@ class CocoFiles(NamedTuple):
 
     files: dict[str, Path]
     why: str = ""
+    parts: bool = False  # whether the one file is train and val together
 
 
 def find_coco_files(data: Path) -> CocoFiles | None:
@@ -80,6 +81,8 @@ def _by_content(data: Path) -> CocoFiles | None:
         return None
     splits = [split_named(file.stem) for file in files]
     if len(files) == 1 and splits[0] in (None, "train"):
+        if splits[0] is None:
+            return CocoFiles({"train": files[0]}, parts=True)
         why = f"{files[0].relative_to(data)} is the only COCO file, so it is for training"
         return CocoFiles({"train": files[0]}, why)
     by_split = {split: file for split, file in zip(splits, files, strict=True) if split is not None}

@@ -22,7 +22,7 @@ from detrellis.data.formats import named_classes as named
 from detrellis.data.formats.lookup import fold, renaming_notes
 from detrellis.data.formats.pictures import OneFileFormat, PictureName, pictures_of
 from detrellis.data.records import RawDataset
-from detrellis.data.splits import SplitFiles, select_part
+from detrellis.data.splits import SplitFiles, fixed_parts_note, select_part
 from detrellis.errors import UserError
 
 COLUMNS = {  # what people call them, in lower case without anything but letters and digits
@@ -145,7 +145,7 @@ def _of_split(
     ]
     notes = [
         *renaming_notes(split, files.annotations, pictures),
-        *named.fixed_parts_note(split, files, "one CSV file"),
+        *fixed_parts_note(split, files, "one CSV file"),
         *_corner_note(split, files.annotations),
     ]
     return named.SplitAnnotations(images, notes)

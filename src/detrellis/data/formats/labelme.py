@@ -32,7 +32,7 @@ from detrellis.data.formats.lookup import SPLIT_WORDS, fold
 from detrellis.data.formats.pictures import GivenImages, PictureName, image_folder, spread
 from detrellis.data.formats.segmentation import run_lengths_of, united
 from detrellis.data.records import RawDataset
-from detrellis.data.splits import SplitFiles, select_part
+from detrellis.data.splits import SplitFiles, fixed_parts_note, select_part
 from detrellis.errors import UserError
 from detrellis.rle import Size
 
@@ -128,7 +128,7 @@ def _of_split(split: str, files: SplitFiles) -> named.SplitAnnotations:
     notes = named.skipped_shapes(
         split, files.annotations, sum((content.skipped for content in parsed), Counter())
     )
-    notes += named.fixed_parts_note(split, files, "no folders of splits")
+    notes += fixed_parts_note(split, files, "no folders of splits")
     if split == "train" or files.part is None:
         notes += _unlabelled(split, files, parsed, everything)
     return annotations.with_findings(notes)

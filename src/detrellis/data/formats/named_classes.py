@@ -23,7 +23,7 @@ from detrellis.data.findings import Finding, finding
 from detrellis.data.formats.lookup import renaming_notes
 from detrellis.data.formats.pictures import PictureName, pictures_of
 from detrellis.data.records import RawDataset, from_columns
-from detrellis.data.splits import HELD_OUT, SplitFiles
+from detrellis.data.splits import SplitFiles
 
 # X, y, width, height in pixels; NaN where a number is missing
 Box = tuple[float, float, float, float]
@@ -70,16 +70,6 @@ def with_training(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> li
     training always, for it says which name has which id.
     """
     return [split for split in dict.fromkeys(["train", *wanted]) if split in splits]
-
-
-def fixed_parts_note(split: str, files: SplitFiles, reason: str) -> list[Finding]:
-    """The note that train and val are fixed parts of the same files, for a `reason`;
-    one of the two splits has it.
-    """
-    if split != "train" or files.part is None:
-        return []
-    what = f"{reason}: a fixed {HELD_OUT - 1} in {HELD_OUT} images train, the others validate"
-    return [finding("layout", split, files.annotations, what)]
 
 
 def with_pictures(

@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from detrellis.data.files import files_in, is_image, list_images, subfolders
 from detrellis.data.formats.lookup import ResolvedNames, fold, readings, real_names, split_named
-from detrellis.data.splits import SplitFiles
+from detrellis.data.splits import SplitFiles, both_parts
 from detrellis.errors import UserError
 
 # Folders that are called like pictures, in the order in which they are preferred.
@@ -188,7 +187,7 @@ def one_file_splits(
         folder = images.get(split) or images.get("train") or _images_near(layout, file, data)
         splits[split] = SplitFiles(file, (folder.resolve(),))
     if parts:
-        return {part: replace(splits["train"], part=part) for part in ("train", "val")}
+        return both_parts(splits["train"])
     return splits
 
 

@@ -21,7 +21,7 @@ from detrellis.data.formats import named_classes as named
 from detrellis.data.formats.lookup import fold, renaming_notes
 from detrellis.data.formats.pictures import OneFileFormat, PictureName, pictures_of
 from detrellis.data.records import RawDataset
-from detrellis.data.splits import SplitFiles, select_part
+from detrellis.data.splits import SplitFiles, fixed_parts_note, select_part
 from detrellis.errors import UserError
 
 # Attributes that are taken where there are several
@@ -192,7 +192,7 @@ def _of_split(
     notes = [
         *renaming_notes(split, files.annotations, pictures),
         *named.skipped_shapes(split, files.annotations, skipped),
-        *named.fixed_parts_note(split, files, "one file of VIA"),
+        *fixed_parts_note(split, files, "one file of VIA"),
     ]
     return named.SplitAnnotations(annotated, notes)
 

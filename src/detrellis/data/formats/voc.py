@@ -33,7 +33,7 @@ from detrellis.data.formats.lookup import SPLIT_WORDS, child, fold
 from detrellis.data.formats.pictures import GivenImages, PictureName, image_folder, spread
 from detrellis.data.formats.voc_xml import VocFile, VocObject, is_voc, parse_xml
 from detrellis.data.records import RawDataset
-from detrellis.data.splits import SPLITS, SplitFiles, select_part
+from detrellis.data.splits import SPLITS, SplitFiles, both_parts, fixed_parts_note, select_part
 from detrellis.errors import UserError
 
 # Folders that are called like XML files, in the order in which they are preferred.
@@ -73,7 +73,7 @@ def find_voc(data: Path, images: GivenImages | None = None) -> dict[str, SplitFi
     folder = given.get("train") or _images_of(annotations, data)
     splits = _by_lists([data, annotations.parent], annotations, folder)
     if splits is None:
-        splits = {part: SplitFiles(annotations, (folder,), part=part) for part in ("train", "val")}
+        splits = both_parts(SplitFiles(annotations, (folder,)))
     return {
         split: replace(files, images=(given[split].resolve(),)) if split in given else files
         for split, files in splits.items()
@@ -332,7 +332,7 @@ def _of_split(
             meant = " or ".join(stem_below(files.annotations, other) for other in same_name)
             problem = f"{problem}; its name could mean {meant}"
         images.append(named.AnnotatedImage(file, content.image, content.size, objects, problem))
-    notes = named.fixed_parts_note(split, files, "no lists of train and val")
+    notes = fixed_parts_note(split, files, "no lists of train and val")
     if difficult := sum(o.difficult for content in parsed for o in content.objects):
         what = f"{difficult} objects are marked difficult"
         notes.append(finding("difficult-objects", split, files.annotations, what, count=difficult))

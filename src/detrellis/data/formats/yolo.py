@@ -36,7 +36,7 @@ from detrellis.data.formats.yolo_labels import (
     read_labels,
 )
 from detrellis.data.records import RawDataset, from_columns
-from detrellis.data.splits import SplitFiles
+from detrellis.data.splits import SplitFiles, fixed_parts_note, select_part
 from detrellis.errors import UserError
 
 IN_PIXELS = 1.5  # relative coordinates above this are no drawing errors at the border
@@ -52,6 +52,8 @@ class YoloSplit(NamedTuple):
     label_files: list[Path | None]  # the label file of each image, where there is one
     contents: list[YoloFile]
     notes: list[Finding]
+    # Of all images of its places, also of those that another split has
+    known_labels: frozenset[Path]
 
     @property
     def source(self) -> Path:
@@ -81,7 +83,7 @@ def read_yolo(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[s
     contents = [content for split in deciding for content in split.contents]
     declared = yolo_yaml.keypoints(next(iter(splits.values())).annotations)
     lines = long_lines(contents, label_files, declared)
-    used = {file for file in label_files if file is not None}
+    used = frozenset[Path]().union(*(split.known_labels for split in deciding))
     return {name: _dataset(split, lines, used) for name, split in read.items()}
 
 
@@ -92,8 +94,14 @@ def _read(name: str, files: SplitFiles) -> YoloSplit:
     ]
     images = list(dict.fromkeys(listed))
     label_folders, label_files = label_files_of(images)
+    known = frozenset(file for file in label_files if file is not None)
+    rows = select_part(range(len(images)), lambda row: images[row].stem, files.part)
+    images = [images[row] for row in rows]
+    label_folders = [label_folders[row] for row in rows]
+    label_files = [label_files[row] for row in rows]
+    notes += fixed_parts_note(name, files, "no lists of train and val")
     contents = map_threads(read_labels, label_files)
-    return YoloSplit(name, files, images, label_folders, label_files, contents, notes)
+    return YoloSplit(name, files, images, label_folders, label_files, contents, notes, known)
 
 
 def _listed(place: Path, source: Path, split: str, notes: list[Finding]) -> Iterator[Path]:
@@ -111,7 +119,7 @@ def _listed(place: Path, source: Path, split: str, notes: list[Finding]) -> Iter
     yield from (Path(os.path.normpath(root / name)) for name in resolved.names)
 
 
-def _dataset(split: YoloSplit, lines: LongLines, used: set[Path]) -> RawDataset:
+def _dataset(split: YoloSplit, lines: LongLines, used: frozenset[Path]) -> RawDataset:
     """The split's columns; `used` are the label files of all splits."""
     folders = [image.parent for image in split.images]
     root = Path(os.path.commonpath(folders)) if folders else split.source.parent
@@ -275,7 +283,7 @@ def _in_pixels(split: YoloSplit, lines: LongLines) -> list[Finding]:
     return [finding("pixel-boxes", split.name, split.source, what, count=int(far.sum()))]
 
 
-def _orphans(split: YoloSplit, used: set[Path]) -> list[Finding]:
+def _orphans(split: YoloSplit, used: frozenset[Path]) -> list[Finding]:
     """Label files that are not `used` by any split.
     Where text files list the images, the others belong elsewhere.
     """

@@ -12,7 +12,7 @@ from detrellis.data.files import files_in, image_suffixes, read_text, subfolders
 from detrellis.data.formats import yolo_yaml
 from detrellis.data.formats.lookup import child, fold
 from detrellis.data.formats.yolo_labels import read_labels
-from detrellis.data.splits import SPLITS, SplitFiles
+from detrellis.data.splits import SPLITS, SplitFiles, both_parts
 from detrellis.errors import UserError
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
@@ -85,9 +85,9 @@ def _from_class_list(data: Path, file: Path) -> dict[str, SplitFiles] | None:
         if images is not None:
             splits[split] = SplitFiles(file, (images,))
     if not splits and (data / "images").is_dir():
-        splits["train"] = SplitFiles(file, (data / "images",))
+        splits = both_parts(SplitFiles(file, (data / "images",)))
     elif not splits and _labelled(data):
-        splits["train"] = SplitFiles(file, (data,))
+        splits = both_parts(SplitFiles(file, (data,)))
     return splits if "train" in splits else None
 
 
