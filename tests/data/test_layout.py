@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -904,3 +905,18 @@ def test_names_that_differ_in_case_are_one_slip(
     assert found.severity == "warning"
     for name in ("'cat' (id ", "'Cat' (id ", "2 boxes", "1 boxes"):
         assert name in found.what
+
+
+@pytest.mark.parametrize("build", LAYOUTS, ids=lambda f: f.__name__)
+def test_a_part_of_training_can_be_held_out_of_every_layout(
+    tmp_path: Path, build: Callable[[Path], dict[str, Path]]
+) -> None:
+    source = resolve(**build(tmp_path))
+    with pytest.raises(UserError, match="has images to validate on already"):
+        source.held_out()
+    alone = replace(source, splits={"train": source.splits["train"]})
+    train, val = load(alone.held_out()).values()
+    assert len(train) + len(val) == COUNTS["train"]
+    assert not content(train) & content(val)
+    assert content(train) | content(val) == expected("train")
+    assert content(load(alone.held_out().as_whole())["train"]) == expected("train")

@@ -20,6 +20,7 @@ from detrellis.data.records import RawDataset
 from detrellis.data.splits import held_out
 from detrellis.engine.evaluate import EvalOptions, evaluated_split
 from tests.data.sets import HEIGHT, WIDTH, picture
+from tests.test_cli import call
 
 IMAGES = [f"photo {number:02}" for number in range(30)]
 VALIDATING = held_out(IMAGES)
@@ -199,3 +200,41 @@ def test_other_data_are_evaluated_on_as_a_whole(
     assert other.folder is not None
     assert evaluated(other.folder) == set(IMAGES)
     assert evaluated(own.folder) == evaluated(None) == VALIDATING
+
+
+def write_csv(root: Path) -> Path:
+    """The same; the widest box is in a part of its own, and the only one of its class."""
+    write_coco(root)
+    (root / "result.json").unlink()
+    rows = [
+        f"{name}.jpg,2,3,{n + 3},9,{'rare' if name == min(VALIDATING) else 'cell'}"
+        for n, name in enumerate(IMAGES)
+    ]
+    (root / "labels.csv").write_text("\n".join(["filename,xmin,ymin,xmax,ymax,class", *rows]))
+    return root
+
+
+def test_a_class_that_only_the_held_out_part_shows_is_a_class(tmp_path: Path) -> None:
+    """Formats that give classes by name: we divided the files, so that nobody else is to blame."""
+    source = resolve(data=write_csv(tmp_path / "set"))
+    train, val, classes, report = prepare(source)
+    assert val is not None
+    assert classes.names == ("cell", "rare")
+    assert classes.names == source.load("val").classes.names
+    assert set(train.labels.tolist()) == {0}
+    assert set(val.labels.tolist()) == {0, 1}
+    assert "class-only-in-val" in {f.code for f in report.findings}
+
+
+def test_hold_out_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_coco(tmp_path / "set")
+    named = ("check", "--train", root / "result.json", "--fast", "--json")
+    images = []
+    for words in ((), ("--hold-out",)):
+        found = json.loads(call(*named, *words, capsys=capsys))
+        images.append({summary["split"]: summary["images"] for summary in found["splits"]})
+    assert images == [
+        {"train": len(IMAGES)},
+        {"train": len(IMAGES) - len(VALIDATING), "val": len(VALIDATING)},
+    ]
+    call("check", "--data", root, "--hold-out", capsys=capsys, code=2)

@@ -188,6 +188,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("-o", help="Recipe field: -o optim.lr=2e-4 -o 'data.size=[256, 320]'."),
 ]
+HoldOut = Annotated[
+    bool,
+    typer.Option(
+        "--hold-out",
+        help="Validate on a fixed one in five of the training images, where there is no split for it.",
+    ),
+]
 Split = Annotated[arguments.Split, typer.Option(help="Split of the data set.")]
 Track = Annotated[
     list[str] | None,
@@ -212,12 +219,18 @@ class Files:
     train_images: TrainImages = None
     val: ValFile = None
     val_images: ValImages = None
+    hold_out: HoldOut = False
+
+    def named(self) -> dict[str, Path | None]:
+        """What names it, as the API takes it."""
+        return {name: value for name, value in vars(self).items() if name != "hold_out"}
 
     def source(self) -> DataSource:
         """The data set; `UserError` where none is named."""
         from detrellis.data.layout import resolve
 
-        return resolve(**vars(self))
+        source = resolve(**self.named())
+        return source.held_out() if self.hold_out else source
 
 
 @dataclass(frozen=True)

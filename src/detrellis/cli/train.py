@@ -98,8 +98,8 @@ def train(
         )
     elif recipe is not None or weights is None:
         choose_recipe(recipe, scale, scheme or (), override or ())
-    checked = resume is None and weights is None
-    shared: dict[str, Any] = {"data": files.source()} if checked else dict(vars(files))
+    checked = files.hold_out or (resume is None and weights is None)
+    shared: dict[str, Any] = {"data": files.source()} if checked else {**files.named()}
     from detrellis import api
 
     shared |= {"override": override or (), "epochs": epochs, "track": track or ()}

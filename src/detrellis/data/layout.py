@@ -102,6 +102,22 @@ class DataSource:
             findings=(finding("layout", raw.split, files.annotations, files.note), *raw.findings),
         )
 
+    def held_out(self) -> DataSource:
+        """With a fixed one in five of the training images to validate on.
+        `UserError` where there is a validation split."""
+        if "val" in self.splits:
+            raise UserError(
+                "the data set has images to validate on already", "Leave out --hold-out."
+            )
+        return replace(self, splits={**self.splits, **both_parts(self.splits["train"])})
+
+    def as_whole(self) -> DataSource:
+        """Where train and val are parts of the same files: all of their images, as `train`."""
+        train = self.splits["train"]
+        if train.part is None:
+            return self
+        return replace(self, splits={"train": replace(train, part=None)})
+
     def to_dict(self) -> dict[str, Any]:
         """Kind and paths as JSON holds them."""
         return cast(dict[str, Any], _stored().dump_python(self, mode="json"))

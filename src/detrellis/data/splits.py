@@ -54,6 +54,14 @@ def both_parts(files: SplitFiles) -> dict[str, SplitFiles]:
     }
 
 
+def deciding_splits(splits: Mapping[str, SplitFiles]) -> tuple[str, ...]:
+    """The splits that say what the files of all mean, and which classes there are:
+    training alone, or both parts of the same files.
+    """
+    files = splits.get("train")
+    return ("train",) if files is None or files.part is None else ("train", "val")
+
+
 def fixed_parts_note(split: str, files: SplitFiles, reason: str) -> list[Finding]:
     """The note that train and val are fixed parts of the same files, for a `reason`;
     one of the two splits has it.

@@ -82,9 +82,7 @@ def evaluated_split(
     if data is None:
         check_data_exists(Path(run), source, (split,), ("eval", Path(run)))
     elif split == "val" and source.splits[split].part and not _trained_on(source, run_data):
-        return replace(
-            source, splits={"train": replace(source.splits["train"], part=None)}
-        ), "train"
+        return source.as_whole(), "train"
     return source, split
 
 

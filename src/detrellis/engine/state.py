@@ -61,7 +61,7 @@ class TrainJob:
         if asked and self.val is None:
             raise UserError(
                 f"schedule.{asked[0]} goes by AP, and the data set has no validation split",
-                f"Name one (--val), or take -o schedule.{asked[0]}=0.",
+                f"Name one (--val), take --hold-out, or -o schedule.{asked[0]}=0.",
             )
 
 

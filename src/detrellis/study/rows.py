@@ -117,8 +117,7 @@ def count_classes(source: DataSource, skip_bad: SkipBad) -> int:
     if validation is None:
         raise UserError(
             "the data set has no validation split, and nothing could be compared",
-            "Name it with --val. A set of one file that is called neither train nor val needs none: "
-            "a fixed one in five of its images validates.",
+            "Name it with --val, or take --hold-out: one in five of the training images validates.",
         )
     return len(classes)
 

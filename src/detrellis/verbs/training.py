@@ -303,6 +303,6 @@ def _prepared(
         if validation is None:
             say(
                 "No validation split: the run is not evaluated, and its last weights are the "
-                "ones to use."
+                "ones to use. --hold-out validates on one in five of the training images."
             )
     return training, validation, classes

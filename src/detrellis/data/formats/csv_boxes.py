@@ -22,7 +22,7 @@ from detrellis.data.formats import named_classes as named
 from detrellis.data.formats.lookup import fold, renaming_notes
 from detrellis.data.formats.pictures import OneFileFormat, PictureName, pictures_of
 from detrellis.data.records import RawDataset
-from detrellis.data.splits import SplitFiles, fixed_parts_note, select_part
+from detrellis.data.splits import SplitFiles, deciding_splits, fixed_parts_note, select_part
 from detrellis.errors import UserError
 
 COLUMNS = {  # what people call them, in lower case without anything but letters and digits
@@ -104,7 +104,8 @@ def read_csv(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[st
         rows[split] = select_part(
             _read(files.annotations), lambda row: Path(row.image).stem, files.part
         )
-    deciding = rows.get("train") or [row for read in rows.values() for row in read]
+    deciding = [row for split in deciding_splits(splits) for row in rows.get(split, ())]
+    deciding = deciding or [row for read in rows.values() for row in read]
     relative = _are_relative(deciding)
     annotations = {
         split: _of_split(split, splits[split], read, relative) for split, read in rows.items()

@@ -23,7 +23,7 @@ from detrellis.data.findings import Finding, finding
 from detrellis.data.formats.lookup import renaming_notes
 from detrellis.data.formats.pictures import PictureName, pictures_of
 from detrellis.data.records import RawDataset, from_columns
-from detrellis.data.splits import SplitFiles
+from detrellis.data.splits import SplitFiles, deciding_splits
 
 # X, y, width, height in pixels; NaN where a number is missing
 Box = tuple[float, float, float, float]
@@ -69,7 +69,9 @@ def with_training(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> li
     """The splits to read for the wanted ones:
     training always, for it says which name has which id.
     """
-    return [split for split in dict.fromkeys(["train", *wanted]) if split in splits]
+    return [
+        split for split in dict.fromkeys([*deciding_splits(splits), *wanted]) if split in splits
+    ]
 
 
 def with_pictures(
@@ -108,9 +110,10 @@ def datasets(
         split: {o.name for image in read.images for o in image.objects}
         for split, read in annotations.items()
     }
+    listed = sorted(set[str]().union(*(names.get(split, ()) for split in deciding_splits(splits))))
     raws = {}
     for split in wanted:
-        ordered = dict.fromkeys([*sorted(names.get("train", ())), *sorted(names[split])])
+        ordered = dict.fromkeys([*listed, *sorted(names[split])])
         ids = {name: number for number, name in enumerate(ordered, start=1)}
         raws[split] = _dataset(split, splits[split], annotations[split], ids, difficult)
     return raws

@@ -33,7 +33,14 @@ from detrellis.data.formats.lookup import SPLIT_WORDS, child, fold
 from detrellis.data.formats.pictures import GivenImages, PictureName, image_folder, spread
 from detrellis.data.formats.voc_xml import VocFile, VocObject, is_voc, parse_xml
 from detrellis.data.records import RawDataset
-from detrellis.data.splits import SPLITS, SplitFiles, both_parts, fixed_parts_note, select_part
+from detrellis.data.splits import (
+    SPLITS,
+    SplitFiles,
+    both_parts,
+    deciding_splits,
+    fixed_parts_note,
+    select_part,
+)
 from detrellis.errors import UserError
 
 # Folders that are called like XML files, in the order in which they are preferred.
@@ -235,9 +242,8 @@ def read_voc(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[st
     """
     files = {split: _xml_files(splits[split]) for split in named.with_training(splits, wanted)}
     parsed = {split: map_threads(parse_xml, xml) for split, xml in files.items()}
-    deciding = parsed.get("train") or [
-        content for contents in parsed.values() for content in contents
-    ]
+    deciding = [content for split in deciding_splits(splits) for content in parsed.get(split, ())]
+    deciding = deciding or [content for contents in parsed.values() for content in contents]
     first_pixel = (
         0 if _corners_are_edges([o for content in deciding for o in content.objects]) else 1
     )
@@ -263,7 +269,7 @@ def read_voc(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[st
 def _xml_files(files: SplitFiles) -> list[Path]:
     everything = _xml_below(files.annotations)
     if files.listing is not None:
-        return _listed(files.listing, everything, files.annotations)
+        everything = _listed(files.listing, everything, files.annotations)
     return select_part(everything, lambda file: file.stem, files.part)
 
 

@@ -36,7 +36,7 @@ from detrellis.data.formats.yolo_labels import (
     read_labels,
 )
 from detrellis.data.records import RawDataset, from_columns
-from detrellis.data.splits import SplitFiles, fixed_parts_note, select_part
+from detrellis.data.splits import SplitFiles, deciding_splits, fixed_parts_note, select_part
 from detrellis.errors import UserError
 
 IN_PIXELS = 1.5  # relative coordinates above this are no drawing errors at the border
@@ -77,8 +77,9 @@ def read_yolo(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[s
     long = any(
         label.around for split in deciding for content in split.contents for label in content.labels
     )
-    if long and "train" in splits and "train" not in read:
-        deciding.append(_read("train", splits["train"]))
+    if long:
+        others = [s for s in deciding_splits(splits) if s in splits and s not in read]
+        deciding += [_read(split, splits[split]) for split in others]
     label_files = [file for split in deciding for file in split.label_files]
     contents = [content for split in deciding for content in split.contents]
     declared = yolo_yaml.keypoints(next(iter(splits.values())).annotations)
