@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import detrellis
 from detrellis.data.annotations import Annotations
 from detrellis.data.doctor.check import check, prepare
 from detrellis.data.doctor.fix import fix
@@ -20,6 +21,7 @@ from detrellis.data.records import RawDataset
 from detrellis.data.splits import held_out
 from detrellis.engine.evaluate import EvalOptions, evaluated_split
 from tests.data.sets import HEIGHT, WIDTH, picture
+from tests.small import SMALL
 from tests.test_cli import call
 
 IMAGES = [f"photo {number:02}" for number in range(30)]
@@ -238,3 +240,13 @@ def test_hold_out_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         {"train": len(IMAGES) - len(VALIDATING), "val": len(VALIDATING)},
     ]
     call("check", "--data", root, "--hold-out", capsys=capsys, code=2)
+
+
+def test_training_says_what_was_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [*SMALL, "data.size=[64, 64]", "optim.batch_size=8"]
+    data = write_coco(tmp_path / "set")
+    detrellis.train("tiny", data=data, epochs=1, override=small, workers=0, out=tmp_path / "run")
+    line = f"Held out to validate on: {len(VALIDATING)} of {len(IMAGES)} images"
+    assert line in capsys.readouterr().out

@@ -300,6 +300,11 @@ def _prepared(
             say(f"{split}: left out {', '.join(f'{n} {code}' for code, n in skipped.items())}")
         if warnings := report.text("warning"):
             say(warnings)
+        if validation is not None and source.splits["val"].part is not None:
+            say(
+                f"Held out to validate on: {len(validation)} of {len(training) + len(validation)} "
+                "images, which are the same in every run."
+            )
         if validation is None:
             say(
                 "No validation split: the run is not evaluated, and its last weights are the "
