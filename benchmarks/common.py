@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from detrellis.nn.kernels.linear import linear
 
 Seconds = list[float]
+PRODUCT = (4096, 1024, 1024)  # rows, inputs, outputs of a matrix product at its full speed
 
 
 @dataclass(frozen=True)
@@ -128,3 +133,27 @@ def saved_bytes(forward: Callable[[], Any], ignore: set[int]) -> int:
 def storages_of(*tensors: torch.Tensor) -> set[int]:
     """For `saved_bytes(ignore=...)`."""
     return {t.untyped_storage().data_ptr() for t in tensors}
+
+
+def least_seconds(run: Callable[[], object]) -> str:
+    """What the convolutions and matrix products of one call alone would take at the speed of a
+    large product here: no way to do the same work is faster. One call, and some products.
+    """
+    counted = {torch.ops.mkldnn._linear_pointwise: _linear_operations}
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter:
+        run()
+    work = counter.get_total_flops() / 1e9
+    rows, inputs, outputs = PRODUCT
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    with torch.no_grad():
+        seconds = best(interleaved({"product": lambda: linear(x, weight)}, 10)["product"])
+    speed = 2 * math.prod(PRODUCT) / 1e9 / seconds
+    return (
+        f"{work:.0f} GFLOP in convolutions and matrix products: {work / speed * 1e3:.0f} ms at "
+        f"{speed:.0f} GFLOP/s, as a large product has them"
+    )
+
+
+def _linear_operations(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of oneDNN's product, which torch does not count; both are shapes."""
+    return 2 * math.prod(x) * weight[0]

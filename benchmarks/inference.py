@@ -11,7 +11,7 @@ before anything is timed, and `dino-r50`, which has the same sizes.
 from __future__ import annotations
 
 import torch
-from common import Row, arguments, describe, finish, interleaved
+from common import Row, arguments, describe, finish, interleaved, least_seconds
 from peers import FULL, ours, theirs
 
 from detrellis.recipes import find_recipe
@@ -51,6 +51,7 @@ def compare(rounds: int, side: int) -> list[Row]:
     seconds = interleaved(variants, rounds, warmup=1)
     for name, values in seconds.items():
         print(describe(name, values, "image"))
+    print(least_seconds(variants["same network"]))
     medians = {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
     return [
         Row(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Row, arguments, describe, finish, interleaved
+from common import Row, arguments, describe, finish, interleaved, least_seconds
 from peers import transformers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -162,6 +162,7 @@ def training(peer: Any, same: TrainableDetector, pixels: Tensor, rounds: int) ->
     row = timed("training step", variants, rounds)
     for name, step in variants.items():
         print(f"{name:16} {shares(step)}")
+    print(least_seconds(our_step))
     return row
 
 

@@ -26,7 +26,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Row, arguments, best, describe, finish, saved_bytes, storages_of
+from common import (
+    Row,
+    arguments,
+    best,
+    describe,
+    finish,
+    least_seconds,
+    saved_bytes,
+    storages_of,
+)
 from peers import SMALL, ours, theirs
 from torch import Tensor, nn
 
@@ -146,6 +155,7 @@ def compare(rounds: int) -> list[Row]:
         step = stepper.seconds["step"]
         rate = f"{BATCH / best(step):.2f} images/s, {saved[name]:.0f} MiB saved"
         print(f"{describe(name, step, 'step')}: {parts}; {rate}")
+    print(least_seconds(lambda: steppers["detrellis"](timed=False)))
     fastest = {name: best(s.seconds["step"]) for name, s in steppers.items()}
     speed = fastest["transformers"] / fastest["detrellis"]
     memory = saved["detrellis"] / saved["transformers"]

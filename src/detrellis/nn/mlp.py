@@ -7,14 +7,44 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detrellis.nn.constants import traced
+
 Activation = Literal["relu", "prelu", "gelu", "silu"]
+
+
+def overwrites() -> bool:
+    """Whether an activation may be written over its inputs, which nobody else has: where no
+    gradient needs them. New memory costs more than the arithmetic. Not in graphs, which say it by
+    themselves.
+    """
+    return not torch.is_grad_enabled() and not traced()
+
+
+class ReLU(nn.ReLU):
+    """Of what nobody else has: see `overwrites`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`, or a tensor like it."""
+        return F.relu(x, inplace=overwrites())
+
+
+class SiLU(nn.SiLU):
+    """Of what nobody else has: see `overwrites`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`, or a tensor like it."""
+        return F.silu(x, inplace=overwrites())
+
+
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {
-    "relu": nn.ReLU,
+    "relu": ReLU,
     "prelu": nn.PReLU,
     "gelu": nn.GELU,
-    "silu": nn.SiLU,
+    "silu": SiLU,
 }
 
 
@@ -45,7 +75,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Outputs `(..., outputs)` of `x (..., inputs)`."""
         for layer in self.layers[:-1]:
-            x = layer(x).relu()
+            x = F.relu(layer(x), inplace=overwrites())
         out: Tensor = self.layers[-1](x)
         return out
 
