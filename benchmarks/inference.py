@@ -5,7 +5,8 @@ from pixels to logits and boxes.
 
 Deformable DETR of `transformers` (two-stage, box refinement, ResNet-50, six layers, 900 queries,
 feed-forward 2048), the same network in Detrellis with the same weights, whose outputs must be equal
-before anything is timed, and `dino-r50`, which has the same sizes.
+before anything is timed, and `dino-r50`, which has the same sizes; ours fused, as `predict` runs
+them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ CLASSES = 80
 def compare(rounds: int, side: int) -> list[Row]:
     """Times all three side by side and prints what they take."""
     peer = theirs("resnet50", FULL).eval()
-    same = ours(peer)[0].eval()
-    dino = build_detector(find_recipe("dino-r50").untrained().detector, CLASSES).eval()
+    same = ours(peer)[0].eval().fused()
+    dino = build_detector(find_recipe("dino-r50").untrained().detector, CLASSES).eval().fused()
     pixels = torch.randn(1, 3, side, side)
     mask = torch.ones(1, side, side, dtype=torch.long)
     variants = {

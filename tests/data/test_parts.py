@@ -242,11 +242,25 @@ def test_hold_out_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     call("check", "--data", root, "--hold-out", capsys=capsys, code=2)
 
 
-def test_training_says_what_was_held_out(
+def test_a_run_says_what_was_held_out_and_goes_on_where_its_data_are_now(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Of a split that is called training, whose folder has moved."""
     small = [*SMALL, "data.size=[64, 64]", "optim.batch_size=8"]
-    data = write_coco(tmp_path / "set")
-    detrellis.train("tiny", data=data, epochs=1, override=small, workers=0, out=tmp_path / "run")
+    data, run = write_coco(tmp_path / "set"), tmp_path / "run"
+    (data / "result.json").rename(data / "train.json")
+    source = resolve(data=data).held_out()
+    detrellis.train("tiny", data=source, epochs=1, override=small, workers=0, out=run)
     line = f"Held out to validate on: {len(VALIDATING)} of {len(IMAGES)} images"
     assert line in capsys.readouterr().out
+    moved = data.rename(tmp_path / "moved")
+    detrellis.resume(run, data=moved, epochs=2, workers=0)
+    assert line in capsys.readouterr().out
+
+
+def test_a_run_from_before_files_were_divided_goes_on_with_all_images(tmp_path: Path) -> None:
+    before = resolve(data=write_coco(tmp_path / "set")).as_whole()
+    assert set(before.splits) == {"train"}
+    now = resolve(data=write_coco(tmp_path / "moved"))
+    assert names(now.divided_as(before).load("train")) == set(IMAGES)
+    assert now.divided_as(now) == now

@@ -116,7 +116,17 @@ class DataSource:
         train = self.splits["train"]
         if train.part is None:
             return self
-        return replace(self, splits={"train": replace(train, part=None)})
+        others = {split: files for split, files in self.splits.items() if split != "val"}
+        return replace(self, splits={**others, "train": replace(train, part=None)})
+
+    def divided_as(self, other: DataSource) -> DataSource:
+        """With images held out to validate on if `other` has such, and with none if it has no
+        validation split: it is the same set, in another place or read by an earlier version.
+        """
+        if "val" not in other.splits:
+            return self.as_whole()
+        held = other.splits["val"].part is not None and "val" not in self.splits
+        return self.held_out() if held else self
 
     def to_dict(self) -> dict[str, Any]:
         """Kind and paths as JSON holds them."""

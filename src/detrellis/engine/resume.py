@@ -98,8 +98,7 @@ def resumed_run(
         source = DataSource.from_dict(card.data)
         check_data_exists(run, source, ("train", "val"), ("train", "--resume", run))
     else:
-        if "val" not in DataSource.from_dict(card.data).splits:
-            source = source.as_whole()  # made before such files were divided
+        source = source.divided_as(DataSource.from_dict(card.data))
         card = with_data(card, state, source.to_dict())
     return ResumedRun(run, state, card, source, summarise(old, card, state, run))
 
