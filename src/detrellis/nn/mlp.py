@@ -24,7 +24,7 @@ def overwrites() -> bool:
     return not torch.is_grad_enabled() and not traced()
 
 
-class ReLU(nn.ReLU):
+class InPlaceReLU(nn.ReLU):
     """Of what nobody else has: see `overwrites`."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class ReLU(nn.ReLU):
         return F.relu(x, inplace=overwrites())
 
 
-class SiLU(nn.SiLU):
+class InPlaceSiLU(nn.SiLU):
     """Of what nobody else has: see `overwrites`."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,10 +41,10 @@ class SiLU(nn.SiLU):
 
 
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {
-    "relu": ReLU,
+    "relu": InPlaceReLU,
     "prelu": nn.PReLU,
     "gelu": nn.GELU,
-    "silu": SiLU,
+    "silu": InPlaceSiLU,
 }
 
 
