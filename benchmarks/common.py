@@ -136,8 +136,8 @@ def storages_of(*tensors: torch.Tensor) -> set[int]:
 
 
 def least_seconds(run: Callable[[], object]) -> str:
-    """What the convolutions and matrix products of one call alone would take at the speed of a
-    large product here: no way to do the same work is faster. One call, and some products.
+    """What the convolutions and matrix products of one call alone would take, did all of them have
+    the speed of a large product here. One call, and some products.
     """
     counted = {torch.ops.mkldnn._linear_pointwise: _linear_operations}
     with FlopCounterMode(display=False, custom_mapping=counted) as counter:

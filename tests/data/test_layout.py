@@ -569,6 +569,17 @@ def moved(made: CocoSet, split: str, to: str) -> Path:
     return target
 
 
+def one_coco_file(root: Path, name: str) -> Path:
+    """A COCO file of this name, and JSON files that are not COCO's."""
+    made = CocoSet(root)
+    made.write()
+    made.file("val").unlink()
+    (root / "package.json").write_text('{"images": 3}')
+    (root / "a.json").write_text("[]")
+    moved(made, "train", name)
+    return root
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -584,13 +595,7 @@ def moved(made: CocoSet, split: str, to: str) -> Path:
 def test_one_coco_file_of_any_name_is_for_training_and_validation(
     tmp_path: Path, name: str
 ) -> None:
-    made = CocoSet(tmp_path)
-    made.write()
-    made.file("val").unlink()
-    (tmp_path / "package.json").write_text('{"images": 3}')
-    (tmp_path / "a.json").write_text("[]")
-    moved(made, "train", name)
-    read = load(resolve(data=tmp_path))
+    read = load(resolve(data=one_coco_file(tmp_path, name)))
     parts = [content(read[split]) for split in ("train", "val")]
     assert all(parts)
     assert not parts[0] & parts[1]
@@ -603,11 +608,7 @@ def test_one_coco_file_of_any_name_is_for_training_and_validation(
 def test_one_coco_file_that_is_called_train_is_for_training_alone(
     tmp_path: Path, name: str
 ) -> None:
-    made = CocoSet(tmp_path)
-    made.write()
-    made.file("val").unlink()
-    moved(made, "train", name)
-    read = load(resolve(data=tmp_path))
+    read = load(resolve(data=one_coco_file(tmp_path, name)))
     assert {split: content(found) for split, found in read.items()} == {"train": expected("train")}
 
 

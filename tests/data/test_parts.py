@@ -20,6 +20,7 @@ from detrellis.data.layout import DataSource, resolve
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import held_out
 from detrellis.engine.evaluate import EvalOptions, evaluated_split
+from detrellis.errors import UserError
 from tests.data.sets import HEIGHT, WIDTH, picture
 from tests.small import SMALL
 from tests.test_cli import call
@@ -181,6 +182,14 @@ def test_a_single_image_trains_and_validates(tmp_path: Path) -> None:
     }
 
 
+def test_a_run_that_held_images_out_is_evaluated_on_these(tmp_path: Path) -> None:
+    data = write_coco(tmp_path / "set")
+    (data / "result.json").rename(data / "train.json")
+    trained = resolve(data=data).held_out().to_dict()
+    source, split = evaluated_split("run", trained, EvalOptions(data))
+    assert names(source.load(split)) == VALIDATING
+
+
 def test_a_named_file_is_not_divided(tmp_path: Path) -> None:
     root = write_coco(tmp_path / "set")
     raws = resolve(train=root / "result.json").load_all()
@@ -194,14 +203,16 @@ def test_other_data_are_evaluated_on_as_a_whole(
     """A run's own data are not, whether they are named or not: it was trained on the rest."""
     own, other = (resolve(data=write(tmp_path / name)) for name in ("own", "other"))
 
-    def evaluated(data: Path | None) -> set[str]:
-        source, split = evaluated_split("run", own.to_dict(), EvalOptions(data))
+    def evaluated(trained: DataSource, data: Path | None) -> set[str]:
+        source, split = evaluated_split("run", trained.to_dict(), EvalOptions(data))
         return names(source.load(split))
 
     assert own.folder is not None
     assert other.folder is not None
-    assert evaluated(other.folder) == set(IMAGES)
-    assert evaluated(own.folder) == evaluated(None) == VALIDATING
+    assert evaluated(own, other.folder) == set(IMAGES)
+    assert evaluated(own, own.folder) == evaluated(own, None) == VALIDATING
+    with pytest.raises(UserError, match="no split `val`"):  # it was trained on all of them
+        evaluated(own.as_whole(), own.folder)
 
 
 def write_csv(root: Path) -> Path:

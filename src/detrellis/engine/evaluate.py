@@ -68,7 +68,14 @@ def evaluated_split(
         raise UserError(
             f"{run}: no run of ours, so its data are not known", "Say on what: --data or --val."
         )
-    source = DataSource.from_dict(run_data or {}) if data is None else find_data(data)
+    if data is None:
+        source = DataSource.from_dict(run_data or {})
+    else:
+        source = find_data(data)
+        if (own := _of_the_run(source, run_data)) is not None:
+            source = own
+        elif split in source.splits and source.splits[split].part is not None:
+            return source.as_whole(), "train"
     if split not in source.splits:
         others = " or ".join(f"--split {name}" for name in source.splits)
         where = (
@@ -81,17 +88,18 @@ def evaluated_split(
         )
     if data is None:
         check_data_exists(Path(run), source, (split,), ("eval", Path(run)))
-    elif split == "val" and source.splits[split].part and not _trained_on(source, run_data):
-        return source.as_whole(), "train"
     return source, split
 
 
-def _trained_on(source: DataSource, run_data: Mapping[str, Any] | None) -> bool:
-    """Whether a run that was trained on `run_data` was trained on images of the same files."""
-    if run_data is None:
-        return False
-    trained = DataSource.from_dict(run_data).splits.get("train")
-    return trained is not None and trained.annotations == source.splits["train"].annotations
+def _of_the_run(source: DataSource, run_data: Mapping[str, Any] | None) -> DataSource | None:
+    """The data set with the images held out that a run trained on `run_data` held out;
+    None where that was trained on other files.
+    """
+    if not run_data:
+        return None
+    trained = DataSource.from_dict(run_data)
+    files = [data.splits["train"].annotations for data in (trained, source)]
+    return source.divided_as(trained) if files[0] == files[1] else None
 
 
 def eval_loader(

@@ -67,7 +67,7 @@ class SplitAnnotations(NamedTuple):
 
 def with_training(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> list[str]:
     """The splits to read for the wanted ones:
-    training always, for it says which name has which id.
+    always those that say which name has which id.
     """
     return [
         split for split in dict.fromkeys([*deciding_splits(splits), *wanted]) if split in splits
