@@ -16,6 +16,7 @@ import detrellis
 from detrellis.data.annotations import Annotations
 from detrellis.data.doctor.check import check, prepare
 from detrellis.data.doctor.fix import fix
+from detrellis.data.doctor.report import Report
 from detrellis.data.layout import DataSource, resolve
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import held_out
@@ -77,6 +78,15 @@ def rewrite(root: Path, change: Callable[[dict[str, Any]], object]) -> DataSourc
     return resolve(data=root)
 
 
+def errors(report: Report) -> dict[str, list[tuple[str, int | None, str]]]:
+    """Code, id and words of each, by split."""
+    found: dict[str, list[tuple[str, int | None, str]]] = {}
+    for f in report.findings:
+        if f.severity == "error":
+            found.setdefault(f.split, []).append((f.code, f.id, f.what))
+    return found
+
+
 def names(data: RawDataset | Annotations) -> set[str]:
     return {data.path(row).stem for row in range(len(data))}
 
@@ -129,7 +139,9 @@ def test_outlines_are_those_of_the_part(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_found_in_its_part(tmp_path: Path) -> None:
-    """Bad rows of both parts, one that belongs to no image, and one id for two images."""
+    """Bad rows of both parts, one that belongs to no image, and one id for two images: all that is
+    found in the file as a whole, in the same words, and once.
+    """
     root = write_coco(tmp_path / "set")
     validating = [n for n, name in enumerate(IMAGES) if name in VALIDATING]
     training = [n for n, name in enumerate(IMAGES) if name not in VALIDATING]
@@ -140,27 +152,31 @@ def test_what_is_wrong_is_found_in_its_part(tmp_path: Path) -> None:
         rows = content["annotations"]
         rows[bad_in_val]["bbox"] = [2, 3, 4]
         rows[bad_in_train]["bbox"] = "2 3"
+        rows[validating[2]]["category_id"] = rows[training[7]]["category_id"] = [1]
         rows.append({"id": 1000, "image_id": 5, "category_id": 1, "bbox": [1, 1, 2, 2]})
         content["images"][twice[1]]["id"] = 100 + twice[0]
         rows[twice[1]]["image_id"] = 100 + twice[0]
 
     source = rewrite(root, spoil)
     report = check(source)
-    found = {(f.split, f.code, f.id) for f in report.findings if f.severity == "error"}
-    assert ("val", "bad-box", bad_in_val + 1) in found
-    assert ("train", "bad-box", bad_in_train + 1) in found
-    assert ("train", "unknown-image", 1000) in found
-    assert {code for _, code, _ in found} == {
-        "bad-box",
-        "unknown-image",
-        "duplicate-image-id",
+    found = errors(report)
+    assert sorted(row for rows in found.values() for row in rows) == sorted(
+        errors(check(source.as_whole()))["train"]
+    )
+    assert {(code, id) for code, id, _ in found["val"]} >= {
+        ("bad-box", bad_in_val + 1),
+        ("malformed-annotation", None),
+    }
+    assert {(code, id) for code, id, _ in found["train"]} >= {
+        ("bad-box", bad_in_train + 1),
+        ("malformed-annotation", None),
+        ("unknown-image", 1000),
     }
     fix(source, report, tmp_path / "clean")
     clean = resolve(data=tmp_path / "clean").load_all()
-    assert names(clean["val"]) == VALIDATING - {IMAGES[bad_in_val], IMAGES[twice[1]]}
-    assert names(clean["train"]) == (
-        set(IMAGES) - VALIDATING - {IMAGES[bad_in_train], IMAGES[twice[0]]}
-    )
+    lost = {IMAGES[n] for n in (bad_in_val, bad_in_train, validating[2], training[7], *twice)}
+    assert names(clean["val"]) == VALIDATING - lost
+    assert names(clean["train"]) == set(IMAGES) - VALIDATING - lost
     assert not [
         f for f in check(resolve(data=tmp_path / "clean")).findings if f.severity == "error"
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -97,3 +98,21 @@ def test_points_and_boxes_without_size_differ_only_in_the_offsets() -> None:
             module(x, Spatial(zero, points), memory), module(x, Spatial(zero, boxes), memory)
         )
         assert not torch.allclose(different, module(x, Spatial(zero, points), memory))
+
+
+@pytest.mark.parametrize("points", [2, (2, 4, 2)])
+@pytest.mark.parametrize("views", [1, len(SHAPES)])
+def test_offsets_around_points_count_the_cells_of_each_level(
+    points: int | tuple[int, ...], views: int
+) -> None:
+    """Also of maps that are not square, and where levels have points of different number."""
+    module = DeformableAttention(16, 2, len(SHAPES), points)
+    tokens = torch.zeros(1, 1, 16)
+    references = torch.rand(3, 4, views, 2)
+    offsets = torch.randn(3, 4, 2, module.levels, module.points, 2)
+    found = module.locations(offsets, references, Memory(tokens, tokens, SHAPES))
+    for place, level in enumerate(module.order):
+        height, width = SHAPES[level]
+        moved = offsets[:, :, :, place] / torch.tensor([width, height])
+        around = references[:, :, min(level, views - 1), None, None]
+        torch.testing.assert_close(found[:, :, :, place], around + moved)
