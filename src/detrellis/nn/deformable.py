@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from detrellis.nn.constants import kept
 from detrellis.nn.kernels.deformable import ms_deform_attn
 from detrellis.nn.mlp import xavier_linear
+from detrellis.nn.pieces import in_pieces
 from detrellis.types import Memory, Spatial
+
+# Location, and the rows and weights of four cells, are there at a time
+VALUES_A_SAMPLE = 8
 
 
 class DeformableAttention(nn.Module):
@@ -85,24 +89,24 @@ class DeformableAttention(nn.Module):
     def attend(self, query: Tensor, references: Tensor, memory: Memory) -> Tensor:
         """As `forward`, with `query (B, N, D)` including its position and
         `references (B, N, V or 1, 2 or 4)` relative to the padded map of each level."""
-        split = (self.heads, self.levels, self.points)
         value = self.value_projection(memory.tokens)
         if memory.padding is not None:
             value = value.masked_fill(memory.padding.unsqueeze(-1), 0)
-        weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(-1)
-        locations = self.locations(
-            self.sampling_offsets(query).unflatten(-1, (*split, 2)), references, memory
-        )
-        sample = sample_nearest if self.discrete else ms_deform_attn
         values, shapes = self._sampled(value, memory.shapes)
-        sampled = sample(
-            values.unflatten(-1, (self.heads, -1)),
-            shapes,
-            locations,
-            weights.unflatten(-1, split[1:]),
-        )
-        out: Tensor = self.output_projection(sampled)
-        return out
+        values = values.unflatten(-1, (self.heads, -1))
+        sample = sample_nearest if self.discrete else ms_deform_attn
+
+        def read(query: Tensor, references: Tensor) -> Tensor:
+            weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(-1)
+            offsets = self.sampling_offsets(query).unflatten(-1, (*split, 2))
+            locations = self.locations(offsets, references, memory)
+            sampled = sample(values, shapes, locations, weights.unflatten(-1, split[1:]))
+            out: Tensor = self.output_projection(sampled)
+            return out
+
+        split = (self.heads, self.levels, self.points)
+        samples = math.prod(split)
+        return in_pieces(read, query, references, width=VALUES_A_SAMPLE * samples)
 
     def locations(self, offsets: Tensor, references: Tensor, memory: Memory) -> Tensor:
         """Sampling locations `(B, N, M, V, P, 2)` of the `offsets`,

@@ -7,21 +7,12 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detrellis.nn.constants import traced
+from detrellis.nn.pieces import in_pieces, overwrites
 
 Activation = Literal["relu", "prelu", "gelu", "silu"]
-
-
-def overwrites() -> bool:
-    """Whether an activation may be written over its inputs, which nobody else has: where no
-    gradient needs them. New memory costs more than the arithmetic. Not in graphs, which say it by
-    themselves.
-    """
-    return not torch.is_grad_enabled() and not traced()
 
 
 class InPlaceReLU(nn.ReLU):
@@ -99,6 +90,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs `(B, N, D)` of `x (B, N, D)`."""
+        return in_pieces(self._transform, x, width=self.inner.out_features)
+
+    def _transform(self, x: Tensor) -> Tensor:
         hidden = self.dropout(self.activation(self.inner(x)))
         out: Tensor = self.norm(x + self.dropout(self.outer(hidden)))
         return out
