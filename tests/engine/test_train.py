@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from detrellis.engine.state import advise_on_frozen
 from detrellis.errors import Advice
 from detrellis.recipes import find_recipe
 from detrellis.recipes.build import build
+from detrellis.recipes.config import Recipe
 from detrellis.schemes.federated import Federated
 from detrellis.schemes.rank import Rank
 from detrellis.types import Detections
@@ -86,7 +88,7 @@ def test_the_last_epoch_is_measured_without_duplicates_too(
         asked.append((len(found.scores), threshold, k))
         return found.take(torch.arange(min(1, len(found.scores))))
 
-    def line(result: EvalResult, apart: EvalResult) -> str:
+    def line(result: EvalResult, apart: EvalResult, recipe: Recipe) -> str:
         told.append((result.detections, apart.detections))
         return "found twice"
 
@@ -113,10 +115,30 @@ def test_what_duplicates_cost_is_told(
 ) -> None:
     counts = {"images": 1, "images_in_set": 1, "ground_truth": 1, "detections": 1}
     line = duplicates_line(
-        *(EvalResult(stats={"AP": ap}, per_class=(), **counts) for ap in (plain, apart))
+        *(EvalResult(stats={"AP": ap}, per_class=(), **counts) for ap in (plain, apart)),
+        find_recipe("tiny"),
     )
     assert (line is not None) == tells
     assert line is None or "from 0.357 to 0.460" in line
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dials"),
+    [
+        ("tiny", ["queries", "decoder"]),
+        ("small", []),  # has both
+        ("detr-r50", []),  # softmax, and no proposals
+        ("deformable-detr-r50", []),  # its layers do not move boxes
+        ("dn-deformable-detr-r50", ["decoder"]),  # no proposals
+        ("ddq-dino-r50", []),
+    ],
+)
+def test_advice_on_duplicates_names_what_the_recipe_can_take(recipe: str, dials: list[str]) -> None:
+    counts = {"images": 1, "images_in_set": 1, "ground_truth": 1, "detections": 1}
+    results = [EvalResult(stats={"AP": ap}, per_class=(), **counts) for ap in (0.3, 0.4)]
+    line = duplicates_line(*results, find_recipe(recipe))
+    assert line is not None
+    assert re.findall(r"-o detector\.(\w+)\.distinct=0\.7", line) == dials
 
 
 def test_training_without_a_validation_split(shapes: Path, tmp_path: Path) -> None:

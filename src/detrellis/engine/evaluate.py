@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,9 @@ from detrellis.engine.coco_eval import CocoEvaluator
 from detrellis.engine.eval_result import EvalResult
 from detrellis.engine.resume import check_data_exists
 from detrellis.errors import UserError
+from detrellis.recipes.config import Recipe
 from detrellis.recipes.data import DataConfig
+from detrellis.recipes.refuse import refuse
 from detrellis.types import DecoderOutput
 
 NMS = 0.7  # IoU above which the weaker one of two detections of a class counts as a duplicate
@@ -181,14 +184,29 @@ def completed(evaluator: CocoEvaluator) -> CocoEvaluator:
     return evaluator
 
 
-def duplicates_line(result: EvalResult, after_nms: EvalResult) -> str | None:
+def duplicates_line(result: EvalResult, after_nms: EvalResult, recipe: Recipe) -> str | None:
     """Advice where AP is higher after NMS, because objects are found more than once;
-    None where it is not.
+    None where it is not. It names what would make the queries of the `recipe` distinct.
     """
     if result.ap is None or after_nms.ap is None or after_nms.ap - result.ap < DOUBLED:
         return None
+    dials = " ".join(f"-o {dial}" for dial in _distinct_dials(recipe))
     return (
         f"Objects are found more than once: NMS at IoU {NMS} raises AP from {result.ap:.3f} to "
         f"{after_nms.ap:.3f}. One query for each object is what DETRs learn last. Train longer, "
-        f"or predict with --nms {NMS}."
+        + (f"train with {dials}, " if dials else "")
+        + f"or predict with --nms {NMS}."
     )
+
+
+def _distinct_dials(recipe: Recipe) -> list[str]:
+    """The overrides that make queries distinct where they are not, of those the recipe can take."""
+    dials: list[str] = []
+    for part in ("queries", "decoder"):
+        if getattr(getattr(recipe.detector, part), "distinct", NMS) is not None:
+            continue
+        dial = f"detector.{part}.distinct={NMS}"
+        with contextlib.suppress(UserError):
+            refuse(recipe.override([*dials, dial]))
+            dials.append(dial)
+    return dials

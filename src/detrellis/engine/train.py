@@ -301,7 +301,7 @@ class TrainRun:
         )
         self.log.say(unreadable_line(self.job.out))
         if after_nms is not None and state.result is not None:
-            self.log.say(duplicates_line(state.result, after_nms) or "")
+            self.log.say(duplicates_line(state.result, after_nms, self.recipe) or "")
 
     def evaluate(self, last: bool) -> EvalResult | None:
         """Evaluate the epoch, and save its weights if they are among the best;
