@@ -22,11 +22,11 @@ from detrellis.engine.log import read_records
 from detrellis.engine.optim import set_learning_rate
 from detrellis.engine.state import advise_on_frozen
 from detrellis.errors import Advice
-from detrellis.recipes import find_recipe
+from detrellis.recipes import choose_recipe, find_recipe
 from detrellis.recipes.build import build
-from detrellis.recipes.config import Recipe
 from detrellis.schemes.federated import Federated
 from detrellis.schemes.rank import Rank
+from detrellis.schemes.sqr import SQR
 from detrellis.types import Detections
 
 from ..small import SMALL, images, targets
@@ -88,7 +88,7 @@ def test_the_last_epoch_is_measured_without_duplicates_too(
         asked.append((len(found.scores), threshold, k))
         return found.take(torch.arange(min(1, len(found.scores))))
 
-    def line(result: EvalResult, apart: EvalResult, recipe: Recipe) -> str:
+    def line(result: EvalResult, apart: EvalResult, *_: object) -> str:
         told.append((result.detections, apart.detections))
         return "found twice"
 
@@ -117,26 +117,34 @@ def test_what_duplicates_cost_is_told(
     line = duplicates_line(
         *(EvalResult(stats={"AP": ap}, per_class=(), **counts) for ap in (plain, apart)),
         find_recipe("tiny"),
+        set(),
     )
     assert (line is not None) == tells
     assert line is None or "from 0.357 to 0.460" in line
 
 
 @pytest.mark.parametrize(
-    ("recipe", "dials"),
+    ("recipe", "scheme", "dials"),
     [
-        ("tiny", ["queries", "decoder"]),
-        ("small", []),  # has both
-        ("detr-r50", []),  # softmax, and no proposals
-        ("deformable-detr-r50", []),  # its layers do not move boxes
-        ("dn-deformable-detr-r50", ["decoder"]),  # no proposals
-        ("ddq-dino-r50", []),
+        ("tiny", "", ["queries", "decoder"]),
+        ("tiny", "group,hybrid", ["queries", "decoder"]),  # of which advice was given before
+        ("tiny", "sqr", ["queries"]),  # it hands on queries from layer to layer itself
+        ("small", "", []),  # has both
+        ("detr-r50", "", []),  # softmax, and no proposals
+        ("deformable-detr-r50", "", []),  # its layers do not move boxes
+        ("dn-deformable-detr-r50", "", ["decoder"]),  # no proposals
+        ("ddq-dino-r50", "", []),
     ],
 )
-def test_advice_on_duplicates_names_what_the_recipe_can_take(recipe: str, dials: list[str]) -> None:
+def test_advice_on_duplicates_names_what_the_recipe_can_take(
+    recipe: str, scheme: str, dials: list[str]
+) -> None:
     counts = {"images": 1, "images_in_set": 1, "ground_truth": 1, "detections": 1}
-    results = [EvalResult(stats={"AP": ap}, per_class=(), **counts) for ap in (0.3, 0.4)]
-    line = duplicates_line(*results, find_recipe(recipe))
+    plain, apart = (EvalResult(stats={"AP": ap}, per_class=(), **counts) for ap in (0.3, 0.4))
+    with warnings.catch_warnings(action="error"):
+        chosen = choose_recipe(recipe, scheme=scheme or ())
+        needed = SQR.requires if scheme == "sqr" else set()
+        line = duplicates_line(plain, apart, chosen, needed)
     assert line is not None
     assert re.findall(r"-o detector\.(\w+)\.distinct=0\.7", line) == dials
 

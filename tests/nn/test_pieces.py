@@ -1,4 +1,4 @@
-"""Rows in pieces that stay in the caches: what comes out, when, and how much memory it takes."""
+"""Rows in pieces that stay in the caches: what comes out, and when there are any."""
 
 import pytest
 import torch
@@ -76,6 +76,13 @@ def test_other_devices_take_all_rows_at_once() -> None:
             lambda x: (calls.append(len(x)), x)[1], torch.empty(2, 100, 3, device="meta"), width=8
         )
     assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("small")
+def test_graphs_take_all_rows_at_once() -> None:
+    with torch.no_grad():
+        graph = torch.export.export(FeedForward(8, 32).eval(), (torch.randn(2, 50, 8),)).graph
+    assert sum("linear" in str(node.target) for node in graph.nodes) == 2
 
 
 @pytest.mark.usefixtures("small")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -184,13 +185,16 @@ def completed(evaluator: CocoEvaluator) -> CocoEvaluator:
     return evaluator
 
 
-def duplicates_line(result: EvalResult, after_nms: EvalResult, recipe: Recipe) -> str | None:
+def duplicates_line(
+    result: EvalResult, after_nms: EvalResult, recipe: Recipe, needed: Set[str]
+) -> str | None:
     """Advice where AP is higher after NMS, because objects are found more than once;
-    None where it is not. It names what would make the queries of the `recipe` distinct.
+    None where it is not. It names what would make the queries of the `recipe` distinct, and leaves
+    its detector the capabilities `needed` by the schemes.
     """
     if result.ap is None or after_nms.ap is None or after_nms.ap - result.ap < DOUBLED:
         return None
-    dials = " ".join(f"-o {dial}" for dial in _distinct_dials(recipe))
+    dials = " ".join(f"-o {dial}" for dial in _distinct_dials(recipe, needed))
     return (
         f"Objects are found more than once: NMS at IoU {NMS} raises AP from {result.ap:.3f} to "
         f"{after_nms.ap:.3f}. One query for each object is what DETRs learn last. Train longer, "
@@ -199,14 +203,16 @@ def duplicates_line(result: EvalResult, after_nms: EvalResult, recipe: Recipe) -
     )
 
 
-def _distinct_dials(recipe: Recipe) -> list[str]:
+def _distinct_dials(recipe: Recipe, needed: Set[str]) -> list[str]:
     """The overrides that make queries distinct where they are not, of those the recipe can take."""
     dials: list[str] = []
     for part in ("queries", "decoder"):
         if getattr(getattr(recipe.detector, part), "distinct", NMS) is not None:
             continue
         dial = f"detector.{part}.distinct={NMS}"
-        with contextlib.suppress(UserError):
-            refuse(recipe.override([*dials, dial]))
-            dials.append(dial)
+        with contextlib.suppress(UserError), warnings.catch_warnings(action="ignore"):
+            changed = recipe.override([*dials, dial])
+            refuse(changed)  # its advice was given when the run began
+            if needed <= changed.detector.capabilities:
+                dials.append(dial)
     return dials

@@ -301,7 +301,9 @@ class TrainRun:
         )
         self.log.say(unreadable_line(self.job.out))
         if after_nms is not None and state.result is not None:
-            self.log.say(duplicates_line(state.result, after_nms, self.recipe) or "")
+            needed = {name for scheme in state.model.training_schemes for name in scheme.requires}
+            line = duplicates_line(state.result, after_nms, self.recipe, needed)
+            self.log.say(line or "")
 
     def evaluate(self, last: bool) -> EvalResult | None:
         """Evaluate the epoch, and save its weights if they are among the best;

@@ -16,7 +16,7 @@ from detrellis.nn.mlp import xavier_linear
 from detrellis.nn.pieces import in_pieces
 from detrellis.types import Memory, Spatial
 
-# Location, and the rows and weights of four cells, are there at a time
+# About: its location, and the rows and weights of four cells
 VALUES_A_SAMPLE = 8
 
 
@@ -89,6 +89,7 @@ class DeformableAttention(nn.Module):
     def attend(self, query: Tensor, references: Tensor, memory: Memory) -> Tensor:
         """As `forward`, with `query (B, N, D)` including its position and
         `references (B, N, V or 1, 2 or 4)` relative to the padded map of each level."""
+        split = (self.heads, self.levels, self.points)
         value = self.value_projection(memory.tokens)
         if memory.padding is not None:
             value = value.masked_fill(memory.padding.unsqueeze(-1), 0)
@@ -104,9 +105,7 @@ class DeformableAttention(nn.Module):
             out: Tensor = self.output_projection(sampled)
             return out
 
-        split = (self.heads, self.levels, self.points)
-        samples = math.prod(split)
-        return in_pieces(read, query, references, width=VALUES_A_SAMPLE * samples)
+        return in_pieces(read, query, references, width=VALUES_A_SAMPLE * math.prod(split))
 
     def locations(self, offsets: Tensor, references: Tensor, memory: Memory) -> Tensor:
         """Sampling locations `(B, N, M, V, P, 2)` of the `offsets`,

@@ -28,15 +28,15 @@ def overwrites() -> bool:
 def in_pieces(compute: Callable[..., Tensor], *inputs: Tensor, width: int) -> Tensor:
     """`compute(*inputs)`, `(B, N, ...)` as the inputs are, whose rows do not read one another.
 
-    `width`: about how many values are there at a time for a row. On a CPU, and without gradients,
-    it computes as many rows at a time as stay in the caches: the same values, in a fifth less time
-    where rows are many.
+    `width`: about how many values are there at a time for a row. On a CPU, without gradients, it
+    computes as many rows at a time as stay in the caches, in memory that is used again: the same
+    values up to rounding.
     """
     batch, rows = inputs[0].shape[:2]
     if inputs[0].device.type != "cpu" or not overwrites():
         return compute(*inputs)
-    count = math.ceil(batch * rows * width / (VALUES * torch.get_num_threads()))
-    count = min(count, rows)
+    values = batch * rows * width
+    count = min(rows, math.ceil(values / (VALUES * torch.get_num_threads())))
     if count < 2:
         return compute(*inputs)
     parts: Any = zip(*(x.tensor_split(count, dim=1) for x in inputs), strict=True)
