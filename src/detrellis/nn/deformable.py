@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from detrellis.nn.constants import kept
 from detrellis.nn.kernels.deformable import ms_deform_attn
+from detrellis.nn.kernels.softmax import softmax
 from detrellis.nn.mlp import xavier_linear
 from detrellis.nn.pieces import in_pieces
 from detrellis.types import Memory, Spatial
@@ -98,7 +99,7 @@ class DeformableAttention(nn.Module):
         sample = sample_nearest if self.discrete else ms_deform_attn
 
         def read(query: Tensor, references: Tensor) -> Tensor:
-            weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(-1)
+            weights = softmax(self.attention_weights(query).unflatten(-1, (self.heads, -1)))
             offsets = self.sampling_offsets(query).unflatten(-1, (*split, 2))
             locations = self.locations(offsets, references, memory)
             sampled = sample(values, shapes, locations, weights.unflatten(-1, split[1:]))
