@@ -60,6 +60,20 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_bfloat16(parser: argparse.ArgumentParser) -> None:
+    """`--bfloat16`, for what compares two sides in either precision."""
+    parser.add_argument(
+        "--bfloat16",
+        action="store_true",
+        help="time both sides under autocast; they are equal in float32",
+    )
+
+
+def autocast(bfloat16: bool) -> torch.autocast:
+    """Where a side computes what is timed."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
+
+
 def finish(rows: list[Row], to: Path | None) -> None:
     """Print the rows with budgets, and write them where asked."""
     for row in rows:

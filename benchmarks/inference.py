@@ -1,7 +1,7 @@
 """Inference side by side, one image of 640x640 pixels on one thread,
 from pixels to logits and boxes.
 
-    python benchmarks/inference.py
+    python benchmarks/inference.py [--bfloat16]
 
 Deformable DETR of `transformers` (two-stage, box refinement, ResNet-50, six layers, 900 queries,
 feed-forward 2048), the same network in Detrellis with the same weights, whose outputs must be equal
@@ -12,7 +12,16 @@ them.
 from __future__ import annotations
 
 import torch
-from common import Row, arguments, describe, finish, interleaved, least_seconds
+from common import (
+    Row,
+    add_bfloat16,
+    arguments,
+    autocast,
+    describe,
+    finish,
+    interleaved,
+    least_seconds,
+)
 from peers import FULL, ours, theirs
 
 from detrellis.recipes import find_recipe
@@ -23,7 +32,7 @@ CLASSES = 80
 
 
 @torch.no_grad()
-def compare(rounds: int, side: int) -> list[Row]:
+def compare(rounds: int, side: int, bfloat16: bool) -> list[Row]:
     """Times all three side by side and prints what they take."""
     peer = theirs("resnet50", FULL).eval()
     same = ours(peer)[0].eval().fused()
@@ -49,10 +58,12 @@ def compare(rounds: int, side: int) -> list[Row]:
     print(
         f"largest difference of a query's logits and box from its counterpart's: {apart.max():.1e}"
     )
-    seconds = interleaved(variants, rounds, warmup=1)
+    with autocast(bfloat16):
+        seconds = interleaved(variants, rounds, warmup=1)
     for name, values in seconds.items():
         print(describe(name, values, "image"))
-    print(least_seconds(variants["same network"]))
+    if not bfloat16:
+        print(least_seconds(variants["same network"]))
     medians = {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
     return [
         Row(
@@ -71,10 +82,11 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--side", type=int, default=640)
+    add_bfloat16(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    finish(compare(args.rounds, args.side), args.json)
+    finish(compare(args.rounds, args.side, args.bfloat16), args.json)
 
 
 if __name__ == "__main__":

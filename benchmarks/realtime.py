@@ -1,7 +1,7 @@
 """RT-DETR-R18 side by side with `transformers`:
 inference and a training step at 640x640 pixels on one thread.
 
-    python benchmarks/realtime.py [--rounds N] [--side PIXELS]
+    python benchmarks/realtime.py [--rounds N] [--side PIXELS] [--bfloat16]
 
 Both have the same random weights, which go through the converter that users have. Before anything
 is timed, boxes and losses have to be equal. Inference is from pixels to logits and boxes, ours of
@@ -16,11 +16,21 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Row, arguments, describe, finish, interleaved, least_seconds
+from common import (
+    Row,
+    add_bfloat16,
+    arguments,
+    autocast,
+    describe,
+    finish,
+    interleaved,
+    least_seconds,
+)
 from peers import transformers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -106,7 +116,9 @@ def difference(found: Tensor, wanted: Tensor) -> float:
 
 
 @torch.no_grad()
-def inference(peer: Any, same: TrainableDetector, pixels: Tensor, rounds: int) -> Row:
+def inference(
+    peer: Any, same: TrainableDetector, pixels: Tensor, rounds: int, bfloat16: bool
+) -> Row:
     """One image."""
     peer.eval(), same.eval()
     fused = same.detector.fused()
@@ -124,10 +136,13 @@ def inference(peer: Any, same: TrainableDetector, pixels: Tensor, rounds: int) -
     )
     print(f"largest difference of a query's logits and box from its counterpart's: {apart:.1e}")
     assert apart < 1e-3
-    return timed("inference", variants, rounds)
+    with autocast(bfloat16):
+        return timed("inference", variants, rounds)
 
 
-def training(peer: Any, same: TrainableDetector, pixels: Tensor, rounds: int) -> Row:
+def training(
+    peer: Any, same: TrainableDetector, pixels: Tensor, rounds: int, bfloat16: bool
+) -> Row:
     """A batch."""
     peer.train(), same.train()
     generator = torch.Generator().manual_seed(1)
@@ -140,15 +155,17 @@ def training(peer: Any, same: TrainableDetector, pixels: Tensor, rounds: int) ->
         for c, b in zip(classes.split(BOXES), boxes.split(BOXES), strict=True)
     ]
 
-    def their_step() -> float:
+    def their_step(bfloat16: bool = False) -> float:
         peer.zero_grad()
-        loss = peer(pixel_values=pixels, labels=labels).loss
+        with autocast(bfloat16):
+            loss = peer(pixel_values=pixels, labels=labels).loss
         loss.backward()
         return float(loss.detach())
 
-    def our_step() -> float:
+    def our_step(bfloat16: bool = False) -> float:
         same.zero_grad()
-        losses = same(ImageBatch(pixels), targets).losses
+        with autocast(bfloat16):
+            losses = same(ImageBatch(pixels), targets).losses
         total = torch.stack(list(losses.values())).sum()
         total.backward()
         return float(total.detach())
@@ -158,11 +175,13 @@ def training(peer: Any, same: TrainableDetector, pixels: Tensor, rounds: int) ->
     same.detector.load_state_dict(state)
     print(f"loss {found:.6f}, of transformers {wanted:.6f}")
     assert abs(found - wanted) < 1e-3 * wanted
-    variants = {"transformers": their_step, "ours": our_step}
+    steps = {"transformers": their_step, "ours": our_step}
+    variants = {name: partial(step, bfloat16) for name, step in steps.items()}
     row = timed("training step", variants, rounds)
     for name, step in variants.items():
         print(f"{name:16} {shares(step)}")
-    print(least_seconds(our_step))
+    if not bfloat16:
+        print(least_seconds(our_step))
     return row
 
 
@@ -203,6 +222,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--side", type=int, default=640)
     parser.add_argument("--batch", type=int, default=2, help="images of a training step")
+    add_bfloat16(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     peer = theirs()
@@ -210,7 +230,7 @@ def main() -> None:
     pixels = torch.rand(
         args.batch, 3, args.side, args.side, generator=torch.Generator().manual_seed(2)
     )
-    rows = [part(peer, same, pixels, args.rounds) for part in (inference, training)]
+    rows = [part(peer, same, pixels, args.rounds, args.bfloat16) for part in (inference, training)]
     finish(rows, args.json)
 
 

@@ -1,7 +1,7 @@
 """A training step side by side:
 Deformable DETR (two-stage, box refinement) of `transformers` as shipped, and ours.
 
-    python benchmarks/step.py
+    python benchmarks/step.py [--bfloat16]
 
 A ResNet-18, three encoder and three decoder layers, 300 queries, 80 classes; two images of 320x320
 pixels with seven boxes each; float32, one thread, AdamW with gradient clipping. Both start from the
@@ -28,7 +28,9 @@ from typing import Any
 import torch
 from common import (
     Row,
+    add_bfloat16,
     arguments,
+    autocast,
     best,
     describe,
     finish,
@@ -91,8 +93,8 @@ def our_loss(model: TrainableDetector, pixels: Tensor, targets: Targets) -> Call
 class Stepper:
     """One training step at a time, with the CPU seconds of its parts."""
 
-    def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
-        self.model, self.loss = model, loss
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor], bfloat16: bool) -> None:
+        self.model, self.loss, self.bfloat16 = model, loss, bfloat16
         self.optimizer = build_optimizer(model, OPTIM)
         self.seconds: dict[str, list[float]] = {part: [] for part in PARTS}
 
@@ -100,7 +102,8 @@ class Stepper:
         """One step."""
         marks = [time.process_time()]
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss()
+        with autocast(self.bfloat16):
+            loss = self.loss()
         marks.append(time.process_time())
         loss.backward()
         marks.append(time.process_time())
@@ -115,7 +118,8 @@ class Stepper:
     def saved(self, pixels: Tensor) -> float:
         """MiB that the forward pass keeps for the backward pass."""
         existing = storages_of(pixels, *self.model.parameters(), *self.model.buffers())
-        return saved_bytes(self.loss, existing) / 2**20
+        with autocast(self.bfloat16):
+            return saved_bytes(self.loss, existing) / 2**20
 
 
 def trainable(detector: Any, *, proposals: bool) -> TrainableDetector:
@@ -131,15 +135,15 @@ def trainable(detector: Any, *, proposals: bool) -> TrainableDetector:
     ).train()
 
 
-def compare(rounds: int) -> list[Row]:
+def compare(rounds: int, bfloat16: bool) -> list[Row]:
     """Times all three side by side and prints what they take."""
     pixels, targets = batch()
     peer = theirs("resnet18", SMALL).train()
     same, full = (trainable(ours(peer)[0], proposals=p) for p in (False, True))
     steppers = {
-        "transformers": Stepper(peer, their_loss(peer, pixels, targets)),
-        "detrellis": Stepper(same, our_loss(same, pixels, targets)),
-        "with proposals": Stepper(full, our_loss(full, pixels, targets)),
+        "transformers": Stepper(peer, their_loss(peer, pixels, targets), bfloat16),
+        "detrellis": Stepper(same, our_loss(same, pixels, targets), bfloat16),
+        "with proposals": Stepper(full, our_loss(full, pixels, targets), bfloat16),
     }
     first = {name: float(s.loss().detach()) for name, s in steppers.items()}
     print(
@@ -155,7 +159,8 @@ def compare(rounds: int) -> list[Row]:
         step = stepper.seconds["step"]
         rate = f"{BATCH / best(step):.2f} images/s, {saved[name]:.0f} MiB saved"
         print(f"{describe(name, step, 'step')}: {parts}; {rate}")
-    print(least_seconds(lambda: steppers["detrellis"](timed=False)))
+    if not bfloat16:
+        print(least_seconds(lambda: steppers["detrellis"](timed=False)))
     fastest = {name: best(s.seconds["step"]) for name, s in steppers.items()}
     speed = fastest["transformers"] / fastest["detrellis"]
     memory = saved["detrellis"] / saved["transformers"]
@@ -169,9 +174,10 @@ def main() -> None:
     """See the top of the file."""
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=6)
+    add_bfloat16(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    finish(compare(args.rounds), args.json)
+    finish(compare(args.rounds, args.bfloat16), args.json)
 
 
 if __name__ == "__main__":

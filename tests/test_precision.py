@@ -4,9 +4,17 @@ and the losses stay near those of float32.
 
 from __future__ import annotations
 
-import torch
+import copy
 
+import pytest
+import torch
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
+
+from detrellis.nn.accelerate import accelerate
+from detrellis.nn.attention import _attend
 from detrellis.nn.backbone import ResNet
+from detrellis.precision import autocast, has_bfloat16
 from detrellis.recipes.build import build
 
 from .contract.models import every_recipe, recipe_of
@@ -63,3 +71,47 @@ def test_a_frozen_backbone_keeps_bf16_for_the_backward_pass() -> None:
     assert {t.dtype for t in kept if t.dim() == 4 and t.shape[0] == 1 and t.shape[2] > 1} == {
         torch.bfloat16
     }
+
+
+@pytest.mark.parametrize(
+    ("answer", "has"), [(lambda: True, True), (lambda: False, False), (None, False)]
+)
+def test_cpus_have_bf16_with_amx(
+    monkeypatch: pytest.MonkeyPatch, answer: object, has: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", answer, raising=False)
+    assert has_bfloat16(torch.device("cpu")) == has
+    assert not has_bfloat16(torch.device("mps"))
+    for wanted in (False, True):
+        with autocast(torch.device("cpu"), wanted):
+            assert torch.is_autocast_enabled("cpu") == (has and wanted)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, Conv2dSame])
+def test_depthwise_convolutions_are_trained_in_float32_on_cpus(kind: type[nn.Conv2d]) -> None:
+    """Their gradients in bf16 take ten times as long there."""
+    depthwise, plain = kind(8, 8, 3, groups=8), kind(8, 8, 3)
+    names = list(depthwise.state_dict())
+    accelerate(depthwise, plain)
+    accelerate(depthwise, plain)
+    depthwise = copy.deepcopy(depthwise)
+    assert isinstance(depthwise, kind)
+    assert list(depthwise.state_dict()) == names
+    x = torch.randn(1, 8, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain(x).dtype == torch.bfloat16
+        out: Tensor = depthwise(x.bfloat16())
+        with torch.no_grad():
+            assert depthwise(x).dtype == torch.bfloat16
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, depthwise(x.bfloat16().float()))
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(4, 4, dtype=torch.bool), torch.zeros(4, 4)])
+def test_attention_is_trained_in_float32_on_cpus(mask: Tensor | None) -> None:
+    rows = [torch.randn(1, 2, 4, 8, dtype=torch.bfloat16) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = _attend(*rows, mask, 0.0)
+        with torch.no_grad():
+            assert _attend(*rows, mask, 0.0).dtype == torch.bfloat16
+    torch.testing.assert_close(out, _attend(*(r.float() for r in rows), mask, 0.0))

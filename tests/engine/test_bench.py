@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import detrellis
+from detrellis import precision
+from detrellis.engine import bench
 from detrellis.engine.bench import bench_recipe, parse_batch_sizes, parse_size
 from detrellis.errors import UserError
 
@@ -36,6 +38,21 @@ def test_times_each_batch_size(train: bool) -> None:
     assert found.table().row_count == 2
     assert "96x64 pixels" in found.about()
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("amp", [True, False])
+def test_says_in_which_precision_a_step_was_timed(
+    monkeypatch: pytest.MonkeyPatch, amp: bool
+) -> None:
+    for module in (bench, precision):
+        monkeypatch.setattr(module, "has_bfloat16", lambda _: True)
+    recipe = small("tiny").override(f"optim.amp={str(amp).lower()}")
+    step, inference = (
+        bench_recipe(recipe, CLASSES, size=64, runs=1, warmup=0, device="cpu", train=train)
+        for train in (True, False)
+    )
+    assert ("bfloat16" in step.about()) == step.bfloat16 == amp
+    assert not inference.bfloat16
 
 
 def test_says_how_deformable_attention_was_computed() -> None:

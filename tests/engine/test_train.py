@@ -6,11 +6,13 @@ import json
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import detrellis
+from detrellis import precision
 from detrellis.data.batch import Batch
 from detrellis.engine import train
 from detrellis.engine.batches import padded_fraction
@@ -27,6 +29,7 @@ from detrellis.recipes.build import build
 from detrellis.schemes.federated import Federated
 from detrellis.schemes.rank import Rank
 from detrellis.schemes.sqr import SQR
+from detrellis.training import StepOutput, TrainableDetector
 from detrellis.types import Detections
 
 from ..small import SMALL, images, targets
@@ -51,6 +54,33 @@ def test_a_loss_that_is_not_finite_names_term_step_and_images(
     saved = torch.load(tmp_path / "run" / "bad_batch-0.pt", weights_only=True)
     assert all(str(i) in message for i in saved["image_ids"])
     assert len(saved["image_ids"]) == 4
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_trains_in_bfloat16_where_the_device_has_it(
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    wanted: bool,
+) -> None:
+    seen: set[bool] = set()
+    forward = TrainableDetector.forward
+
+    def watched(self: TrainableDetector, *args: Any) -> StepOutput:
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return forward(self, *args)
+
+    for module in (train, precision):
+        monkeypatch.setattr(module, "has_bfloat16", lambda _: True)
+    monkeypatch.setattr(TrainableDetector, "forward", watched)
+    settings = [*SETTINGS, f"optim.amp={str(wanted).lower()}"]
+    result = detrellis.train(
+        "tiny", data=shapes, out=tmp_path / "run", override=settings, epochs=1, workers=0
+    )
+    assert result.finished
+    assert seen == {wanted}
+    assert ("Products in bfloat16" in capsys.readouterr().out) == wanted
 
 
 def test_every_epoch_is_recorded_with_the_time_of_its_parts(shapes: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from detrellis.nn.compiled_layers import compile_layers
 from detrellis.nn.compiler import import_compiler
 from detrellis.nn.deformable import DeformableAttention
 from detrellis.nn.kernels.deformable_cpu import path_taken
+from detrellis.precision import autocast, has_bfloat16
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
 from detrellis.training import TrainableDetector
@@ -62,6 +63,7 @@ class BenchResult:
     device: str
     threads: int
     compiled: bool
+    bfloat16: bool  # whether products were computed in it
     attention: str | None  # how deformable attention was computed; None where there is none
     warmup: int
     runs: int
@@ -81,6 +83,7 @@ class BenchResult:
             )
         ]
         parts += ["compiled"] if self.compiled else []
+        parts += ["products in bfloat16"] if self.bfloat16 else []
         parts.append(f"{self.runs} runs after {self.warmup} to warm up")
         parts += [] if self.attention is None else [f"deformable attention: {self.attention}"]
         return "; ".join(parts)
@@ -173,8 +176,9 @@ def bench_recipe(
     name = torch.cuda.get_device_name(target) if target.type == "cuda" else target.type
     deformable = any(isinstance(module, DeformableAttention) for module in model.detector.modules())
     attention = path_taken() if deformable else None
-    about = (recipe.name, task, pixels, classes, name, used, compiled, attention, warmup, runs)
-    return BenchResult(*about, tuple(timings))
+    half = train and recipe.optim.amp and has_bfloat16(target)
+    about = (recipe.name, task, pixels, classes, name, used, compiled, half, attention)
+    return BenchResult(*about, warmup, runs, tuple(timings))
 
 
 def _compile(model: TrainableDetector, device: torch.device, train: bool) -> None:
@@ -224,11 +228,10 @@ def step_on(
     bitmaps = _rectangles(boxes, *images.pixels.shape[-2:]) if recipe.needs_bitmaps else None
     targets = Targets(labels, boxes, (count,) * batch, masks, bitmaps)
     optimizer = build_optimizer(model, recipe.optim) if optimizer is None else optimizer
-    amp = recipe.optim.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        with autocast(device, recipe.optim.amp):
             losses, _ = model(images, targets)
         torch.stack(list(losses.values())).sum().backward()
         if recipe.optim.clip > 0:

@@ -47,6 +47,7 @@ from detrellis.engine.saves import RunSaves
 from detrellis.engine.state import TrainJob, TrainState, fresh_state, origins_of, patience_left
 from detrellis.errors import UserError
 from detrellis.nn.compiled_layers import compile_layers, eager
+from detrellis.precision import autocast, has_bfloat16
 from detrellis.signals import collected
 from detrellis.terminal import Terminal
 from detrellis.training import StepOutput
@@ -95,6 +96,8 @@ def train(
     run = TrainRun(job, world, state, loader, steps_per_epoch, log, masks)
     with log, collected() as caught, contextlib.closing(loader), run.saves.saved_on_error():
         run.saves.save_at_start(resume)
+        if job.card.recipe.optim.amp and has_bfloat16(world.device):
+            log.say("Products in bfloat16; in float32 with -o optim.amp=false.")
         if resume is None and world.is_main_process:
             run.show_samples()
         while not state.finished(schedule) and not run.stopped:
@@ -225,13 +228,12 @@ class TrainRun:
 
     def _forward_backward(self, batch: Batch, weight: float) -> tuple[StepOutput, float]:
         """Forward and backward of one batch, whose loss counts with `weight`;
-        bf16 where the GPU has it.
+        bf16 where the device has it.
         """
         device, number = self.world.device, self.state.step + 1
-        amp = self.recipe.optim.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
         with self.timer.part("forward"):
             batch = batch.to(device, non_blocking=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            with autocast(device, self.recipe.optim.amp):
                 output: StepOutput = self.model(batch.images, batch.targets)
             output = output._replace(
                 metrics=output.metrics | {"data/padding": padded_fraction(batch)}

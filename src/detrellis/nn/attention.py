@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from detrellis.precision import slow_in_bfloat16
 from detrellis.types import Memory, Segment, Spatial
 
 # What computes attention on a GPU. Not cuDNN, torch's first choice for bf16 on Hopper, whose
@@ -28,6 +29,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
     """Scaled dot-product attention `(B, M, N, e)`;
     with a mask only to where it is True, or with it added to logits.
     """
+    if slow_in_bfloat16(q):
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = (rows.float() for rows in (q, k, v))
+            mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     with sdpa_kernel(BACKENDS):

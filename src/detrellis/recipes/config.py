@@ -84,7 +84,7 @@ class OptimConfig(Config):
     accumulate: Count = 1  # passes a step
     ema: ZeroToBelowOne = 0.0  # decay of the averaged weights; 0: off
     ema_ramp: CountOrNone = 0  # steps in which that decay is approached (RT-DETR: 2000); 0: in 10
-    amp: bool = True  # bf16 on GPUs that have it
+    amp: bool = True  # bf16 on GPUs and CPUs that have it: `precision.py`
     compile: bool = False  # the layers of encoder and decoder, with torch.compile
     # Shard parameters, gradients, moments and averages over the processes (FSDP2)
     fully_shard: bool = False

@@ -365,7 +365,7 @@ def build_detector(config: DetectorConfig, classes: int) -> Detector:
         if config.masks is None
         else MaskBranch(backbone.channels[0], config.memory_width, config.masks.width)
     )
-    accelerate(neck, encoder, queries, decoder)
+    accelerate(backbone, neck, encoder, queries, decoder)
     return Detector(
         backbone,
         neck,

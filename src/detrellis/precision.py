@@ -1,0 +1,34 @@
+"""Mixed precision in training: what is computed in bfloat16, and where.
+
+Matrix products and convolutions are, wherever autocast takes them and the device multiplies
+matrices of bfloat16: NVIDIA's GPUs from Ampere on, and CPUs with AMX. Losses, matching and
+normalisation stay in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices of bfloat16."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    # Other CPUs do as many products a second as in float32, or fewer.
+    amx: Any = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return device.type == "cpu" and amx is not None and bool(amx())
+
+
+def autocast(device: torch.device, wanted: bool) -> torch.autocast:
+    """A forward pass on the device: in bfloat16 where it is `wanted` and the device has it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_bfloat16(device))
+
+
+def slow_in_bfloat16(x: Tensor) -> bool:
+    """Whether the gradients of an attention or of a depthwise convolution, which reads `x`, would
+    be computed in bfloat16 by a CPU: it takes two to ten times as long as in float32.
+    """
+    return x.device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
