@@ -38,8 +38,10 @@ class Detector(nn.Module):
     more queries. Its `state_dict` is therefore the same whatever the detector was trained with.
     With `masks` the backbone gives one map more, the finest, which is the branch's alone.
     `size_divisor`: images are padded to multiples of it; 1 where there are masks, which are of the
-    images as they are.
+    images as they are. `mixed`: whether `evaluating` computes products in bfloat16.
     """
+
+    mixed = False
 
     def __init__(
         self,
@@ -129,12 +131,17 @@ def padded_to_multiple(images: ImageBatch, divisor: int) -> ImageBatch:
 
 
 @contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients; each part is then in the mode that it was in before."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+def evaluating(detector: Detector) -> Iterator[None]:
+    """Evaluation mode, without gradients, in half precision where the detector is `mixed` or its
+    weights are halves; each part is then in the mode that it was in before.
+    """
+    modes = [(part, part.training) for part in detector.modules()]
+    like = next(detector.parameters())
+    halves = like.dtype if like.dtype.itemsize == 2 else None
+    half = torch.bfloat16 if detector.mixed else halves
+    detector.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(like.device.type, half, enabled=half is not None):
             yield
     finally:
         for part, training in modes:

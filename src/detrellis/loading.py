@@ -27,6 +27,7 @@ from detrellis.errors import UserError
 from detrellis.exported import OPENERS, ExportedDetector, load_exported
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign
+from detrellis.precision import check_bfloat16
 from detrellis.predictions.model import Model
 from detrellis.recipes import find_recipe
 from detrellis.recipes.build import build, build_untrained
@@ -34,17 +35,38 @@ from detrellis.recipes.build import build, build_untrained
 
 @checked
 def load(
-    source: str | Path, *, classes: ClassMap | Classes | None = None, device: str | None = None
+    source: str | Path,
+    *,
+    classes: ClassMap | Classes | None = None,
+    device: str | None = None,
+    half: bool = False,
 ) -> Model:
     """A trained detector from a run's folder or weights file, from an exported `.onnx` or `.xml`,
     from a Hugging Face folder, `hf:org/name` or a reference repository's `.pth`; or an untrained
     one from a recipe's name.
 
-    `classes` is for a recipe only: the class map, or a number of classes (default 80).
+    `classes` is for a recipe only: the class map, or a number of classes (default 80). `half` lets
+    it compute products in bfloat16, on a device that has it. Raises `UserError` for another device,
+    and for an exported network, whose precision is its file's.
     """
     place, target = Path(source), pick_device(device)
+    if half:
+        check_bfloat16(target)
     if place.suffix in OPENERS and place.is_file():
+        if half:
+            raise UserError(
+                f"{place}: an exported network has the precision of its file",
+                "Leave half precision out, or export with --fp16.",
+            )
         return exported_model(*load_exported(place), target)
+    model = _in_torch(source, classes, target)
+    model.detector.mixed = half
+    return model
+
+
+def _in_torch(source: str | Path, classes: ClassMap | int | None, target: torch.device) -> Model:
+    """A trained detector that torch executes, as `load` gives it."""
+    place = Path(source)
     if place.exists() or is_foreign(source):
         file = place if is_foreign(source) else find_weights(place)
         weights, card = load_any(source) if is_foreign(source) else load_weights(file)
@@ -74,9 +96,9 @@ def trained(run: str | Path) -> str | Path:
     return run if is_foreign(run) else find_weights(Path(run))
 
 
-def load_trained(run: str | Path, device: str | None) -> Model:
+def load_trained(run: str | Path, device: str | None, half: bool = False) -> Model:
     """As `load`, of what is `trained` alone."""
-    return load(trained(run), device=device)
+    return load(trained(run), device=device, half=half)
 
 
 class OpenedSplit(NamedTuple):
@@ -102,13 +124,17 @@ class OpenedSplit(NamedTuple):
 
 @contextlib.contextmanager
 def open_split(
-    run: str | Path, world: World, options: EvalOptions | None = None, model: Model | None = None
+    run: str | Path,
+    world: World,
+    options: EvalOptions | None = None,
+    model: Model | None = None,
+    half: bool = False,
 ) -> Iterator[OpenedSplit]:
     """Load a run (where it is not the `model` already) and what it is evaluated on;
     the loader's workers end with the context.
     """
     options = options or EvalOptions()
-    model = model or load_trained(run, str(world.device))
+    model = model or load_trained(run, str(world.device), half)
     source, split = evaluated_split(run, model.data, options)
     annotations, _ = prepare_split(source, split, model.classes, options.skip_bad)
     loader = eval_loader(annotations, model.recipe.data, options.batch_size, options.workers, world)

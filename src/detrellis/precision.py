@@ -1,4 +1,4 @@
-"""Mixed precision in training: what is computed in bfloat16, and where.
+"""Mixed precision: what is computed in bfloat16, and where.
 
 Matrix products and convolutions are, wherever autocast takes them and the device multiplies
 matrices of bfloat16: NVIDIA's GPUs from Ampere on, and CPUs with AMX. Losses, matching and
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detrellis.errors import UserError
+
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies matrices of bfloat16."""
@@ -20,6 +22,15 @@ def has_bfloat16(device: torch.device) -> bool:
     # Other CPUs do as many products a second as in float32, or fewer.
     amx: Any = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return device.type == "cpu" and amx is not None and bool(amx())
+
+
+def check_bfloat16(device: torch.device) -> None:
+    """Raises `UserError` for a device that multiplies none."""
+    if not has_bfloat16(device):
+        raise UserError(
+            f"half precision: device {device.type} multiplies no bfloat16",
+            "Leave it out: in float32 this device is as fast.",
+        )
 
 
 def autocast(device: torch.device, wanted: bool) -> torch.autocast:

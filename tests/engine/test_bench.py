@@ -11,17 +11,17 @@ import torch
 import detrellis
 from detrellis import precision
 from detrellis.engine import bench
-from detrellis.engine.bench import bench_recipe, parse_batch_sizes, parse_size
+from detrellis.engine.bench import Task, bench_recipe, parse_batch_sizes, parse_size
 from detrellis.errors import UserError
 
 from ..small import CLASSES, small
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_times_each_batch_size(train: bool) -> None:
+@pytest.mark.parametrize("task", ["inference", "training step"])
+def test_times_each_batch_size(task: Task) -> None:
     threads = torch.get_num_threads()
     found = bench_recipe(
-        small("tiny"), CLASSES, batch_sizes="1,2", size="64x96", threads=1, train=train, runs=3
+        small("tiny"), CLASSES, batch_sizes="1,2", size="64x96", threads=1, task=task, runs=3
     )
     assert (found.recipe, found.image_size, found.threads, found.compiled) == (
         "tiny",
@@ -29,7 +29,7 @@ def test_times_each_batch_size(train: bool) -> None:
         1,
         False,
     )
-    assert found.task == ("training step" if train else "inference")
+    assert found.task == task
     assert [t.batch_size for t in found.timings] == [1, 2]
     for t in found.timings:
         assert 0 < t.fastest_ms <= t.median_ms
@@ -47,12 +47,15 @@ def test_says_in_which_precision_a_step_was_timed(
     for module in (bench, precision):
         monkeypatch.setattr(module, "has_bfloat16", lambda _: True)
     recipe = small("tiny").override(f"optim.amp={str(amp).lower()}")
-    step, inference = (
-        bench_recipe(recipe, CLASSES, size=64, runs=1, warmup=0, device="cpu", train=train)
-        for train in (True, False)
+    tasks: tuple[Task, ...] = ("training step", "inference", "half")
+    step, inference, half = (
+        bench_recipe(recipe, CLASSES, size=64, runs=1, warmup=0, device="cpu", task=task)
+        for task in tasks
     )
     assert ("bfloat16" in step.about()) == step.bfloat16 == amp
-    assert not inference.bfloat16
+    assert (inference.bfloat16, half.bfloat16) == (False, True)
+    with pytest.raises(UserError, match=r"optim\.amp"):
+        detrellis.bench("tiny", half=True, train=True)
 
 
 def test_says_how_deformable_attention_was_computed() -> None:

@@ -26,8 +26,8 @@ from detrellis.errors import UserError
 from detrellis.predictions.record import Prediction
 from detrellis.serving.batcher import Batcher
 from detrellis.serving.detector import Served, open_served
-from detrellis.serving.run import _listening, serve
 from detrellis.signals import interrupting
+from detrellis.verbs.serving import _listening, serve
 from tests.browser import WIDTHS, Browser
 from tests.predictions.conftest import picture
 
@@ -275,7 +275,7 @@ def test_a_second_ctrl_c_waits_for_no_request_and_says_nothing(
         pool.submit(interrupt)
 
     monkeypatch.setattr(
-        "detrellis.serving.run.open_served", lambda *_: Served(slow, "slow", CLASSES, [0.5, 0.5])
+        "detrellis.verbs.serving.open_served", lambda *_: Served(slow, "slow", CLASSES, [0.5, 0.5])
     )
     with ThreadPoolExecutor(1) as pool, interrupting(), pytest.raises(KeyboardInterrupt):
         serve("a run", port=0, started=started)

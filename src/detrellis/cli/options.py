@@ -157,6 +157,10 @@ Full = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")
 ]
+Half = Annotated[
+    bool,
+    typer.Option("--half", help="Products in bfloat16: sooner on a GPU, or a CPU that has AMX."),
+]
 Workers = Annotated[
     int, typer.Option(**limits(arguments.Workers), help="Processes that load images.")
 ]
@@ -270,6 +274,7 @@ class Ways:
     tiles: Tiles = None
     overlap: Overlap = 0.2
     full: Full = True
+    half: Half = False
 
     def chosen(self) -> dict[str, Any]:
         """The options as the API takes them."""

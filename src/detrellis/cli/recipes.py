@@ -9,7 +9,16 @@ from rich.table import Table
 from rich.text import Text
 
 from detrellis.arguments import Classes, Runs, Threads, limits
-from detrellis.cli.options import AsJson, Device, Overrides, Scale, Schemes, console, print_json
+from detrellis.cli.options import (
+    AsJson,
+    Device,
+    Half,
+    Overrides,
+    Scale,
+    Schemes,
+    console,
+    print_json,
+)
 from detrellis.recipes import RECIPES, choose_recipe
 
 
@@ -68,6 +77,7 @@ def bench(
     scheme: Schemes = None,
     override: Overrides = None,
     device: Device = None,
+    half: Half = False,
     as_json: AsJson = False,
 ) -> None:
     """Latency and throughput of a recipe here: inference, or a training step, with random weights.
@@ -87,6 +97,7 @@ def bench(
         train=train,
         runs=runs,
         device=device,
+        half=half,
     )
     if as_json:
         print_json(result.to_dict())

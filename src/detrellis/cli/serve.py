@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from detrellis.arguments import BatchSize, Iou, Port, limits
-from detrellis.cli.options import AsJson, Device, ScoreOrAuto, Trained, console, print_json
+from detrellis.cli.options import AsJson, Device, Half, ScoreOrAuto, Trained, console, print_json
 from detrellis.errors import command
 
 MEBI = 2**20
@@ -39,6 +39,7 @@ def serve(
         int, typer.Option(min=1, help="Largest picture, in millions of pixels.")
     ] = 50,
     device: Device = None,
+    half: Half = False,
 ) -> None:
     """Serve a detector over HTTP:
     POST a picture to /predict, or drop it on the page at /. Ctrl-C stops it.
@@ -61,6 +62,7 @@ def serve(
         max_bytes=max_mib * MEBI,
         max_pixels=max_megapixels * 10**6,
         device=device,
+        half=half,
         started=started,
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
@@ -28,12 +28,13 @@ from detrellis.nn.compiled_layers import compile_layers
 from detrellis.nn.compiler import import_compiler
 from detrellis.nn.deformable import DeformableAttention
 from detrellis.nn.kernels.deformable_cpu import path_taken
-from detrellis.precision import autocast, has_bfloat16
+from detrellis.precision import autocast, check_bfloat16, has_bfloat16
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
 from detrellis.training import TrainableDetector
 from detrellis.types import ImageBatch, Targets
 
+Task = Literal["inference", "half", "training step"]
 BOXES = 7  # of each image in a training step: COCO's average
 # Width to height of an image that only its short side describes, as the papers count
 LANDSCAPE = 1333 / 800
@@ -149,35 +150,39 @@ def bench_recipe(
     size: str | int | tuple[int, int] | None = None,
     threads: Threads | None = None,
     compiled: bool = False,
-    train: bool = False,
+    task: Task = "inference",
     runs: Runs = 10,
     warmup: Warmup = 2,
     device: str | None = None,
 ) -> BenchResult:
     """As `detrellis.bench`, of a recipe that is chosen. Warming up also pays for what is compiled.
 
-    Inference is `Detector.detect` of a fused detector: images to sorted boxes. A training step is
+    Inference is `Detector.detect` of a fused detector: images to sorted boxes. `half` is the same
+    with products in bfloat16. A training step is
     forward, losses on random targets, backward, clipping and the optimizer, with the recipe's
     schemes. Random weights change no time.
     """
     target, pixels = pick_device(device), image_size(recipe) if size is None else parse_size(size)
+    train, half = task == "training step", task == "half"
+    if half:
+        check_bfloat16(target)
     model = build(recipe.untrained(), classes).to(target).train(train)
     if not train:
         model.detector = model.detector.fused()
     if compiled:
         _compile(model, target, train)
-    make = partial(step_on, recipe, classes) if train else _inference
+    make = partial(step_on, recipe, classes) if train else partial(_inference, half)
     with threads_of(threads):
         used, timings = torch.get_num_threads(), []
         for batch in parse_batch_sizes(batch_sizes):
             images = ImageBatch(torch.randn(batch, 3, *pixels, device=target))
             timings.append(_time(make(model, images), batch, target, runs, warmup))
-    task = "training step" if train else "inference"
     name = torch.cuda.get_device_name(target) if target.type == "cuda" else target.type
     deformable = any(isinstance(module, DeformableAttention) for module in model.detector.modules())
     attention = path_taken() if deformable else None
-    half = train and recipe.optim.amp and has_bfloat16(target)
-    about = (recipe.name, task, pixels, classes, name, used, compiled, half, attention)
+    half |= train and recipe.optim.amp and has_bfloat16(target)
+    timed = "training step" if train else "inference"
+    about = (recipe.name, timed, pixels, classes, name, used, compiled, half, attention)
     return BenchResult(*about, warmup, runs, tuple(timings))
 
 
@@ -190,10 +195,16 @@ def _compile(model: TrainableDetector, device: torch.device, train: bool) -> Non
         model.detector.compile()
 
 
-def _inference(model: TrainableDetector, images: ImageBatch) -> Callable[[], object]:
+def _inference(half: bool, model: TrainableDetector, images: ImageBatch) -> Callable[[], object]:
     height, width = images.pixels.shape[-2:]
-    sizes = torch.tensor([[height, width]] * len(images.pixels), device=images.pixels.device)
-    return partial(model.detector.detect, images, sizes)
+    device = images.pixels.device
+    sizes = torch.tensor([[height, width]] * len(images.pixels), device=device)
+
+    def detect() -> object:
+        with autocast(device, half):
+            return model.detector.detect(images, sizes)
+
+    return detect
 
 
 def training_step(

@@ -96,10 +96,7 @@ def train(
     run = TrainRun(job, world, state, loader, steps_per_epoch, log, masks)
     with log, collected() as caught, contextlib.closing(loader), run.saves.saved_on_error():
         run.saves.save_at_start(resume)
-        if job.card.recipe.optim.amp and has_bfloat16(world.device):
-            log.say("Products in bfloat16; in float32 with -o optim.amp=false.")
-        if resume is None and world.is_main_process:
-            run.show_samples()
+        run.introduce(fresh=resume is None)
         while not state.finished(schedule) and not run.stopped:
             run.start_epoch()
             for batches in itertools.takewhile(lambda _: not run.stopped, run.steps()):
@@ -149,6 +146,13 @@ class TrainRun:
             else eval_loader(job.val, self.recipe.data, batch, job.workers, world)
         )
         self.masks = masks  # of the validation images
+
+    def introduce(self, fresh: bool) -> None:
+        """Says in which precision it computes; of a `fresh` run, what is trained on is drawn."""
+        if self.recipe.optim.amp and has_bfloat16(self.world.device):
+            self.log.say("Products in bfloat16; in float32 with -o optim.amp=false.")
+        if fresh and self.world.is_main_process:
+            self.show_samples()
 
     def show_samples(self) -> None:
         """What is trained on, as one picture, in the run's folder and in the trackers."""

@@ -250,13 +250,9 @@ class Model:
         like = next(self.detector.parameters())
         images = stack_images(batch, pad_to, self.normalise).to(like.device)
         sizes = torch.tensor(frames, device=like.device)
-        half = like.dtype in (torch.float16, torch.bfloat16)
-        if not half:
+        if like.dtype.itemsize > 2:
             images = images._replace(pixels=images.pixels.to(like.dtype))
-        with (
-            evaluating(self.detector),
-            torch.autocast(like.device.type, like.dtype if half else None, enabled=half),
-        ):
+        with evaluating(self.detector):
             return finish(self.detector(images), sizes)
 
     def _prediction(

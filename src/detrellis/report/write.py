@@ -92,6 +92,7 @@ def evaluation_command(
     nms: float | None = None,
     tta: bool | str = False,
     tiling: Tiling | None = None,
+    half: bool = False,
 ) -> str:
     """The command line that repeats an evaluation; what is as by default is left out."""
     data = options.data.folder if isinstance(options.data, DataSource) else options.data
@@ -105,6 +106,7 @@ def evaluation_command(
         "--tiles-only": tiling is not None and not tiling.full,
         "--skip-bad": options.skip_bad,
         "--keep-partial": options.skip_bad == "boxes",
+        "--half": half,
     }
     words = [word for pair in given.items() if pair[1] is not None for word in pair]
     return command("eval", run, *words, *(flag for flag, on in flags.items() if on))

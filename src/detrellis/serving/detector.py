@@ -32,10 +32,11 @@ def open_served(
     threshold: float | Literal["auto"],
     nms: float | None = None,
     device: str | None = None,
+    half: bool = False,
 ) -> Served:
     """Load a run, or whatever else `load` takes that is trained."""
     place = trained(run)
-    model = load(place, device=device).fused()
+    model = load(place, device=device, half=half).fused()
     count = len(model.classes)
     thresholds = (
         class_thresholds(place, model.classes) if threshold == "auto" else [threshold] * count

@@ -47,6 +47,7 @@ def evaluate(
     skip_bad: SkipBad = False,
     workers: Workers = 2,
     device: str | None = None,
+    half: bool = False,
     progress: bool = False,
 ) -> EvalResult | VocResult:
     """Box AP of a run on its own validation split, on another, or on other data with its classes.
@@ -55,11 +56,11 @@ def evaluate(
     its images in `val_images`. `metric`: COCO's AP over the IoUs 0.5 to 0.95, the same of masks
     with that of boxes beside it (`masks`), or Pascal VOC's at 0.5 (`engine/voc_eval.py`). `results`
     names a file for the detections in COCO's results format. `report` is a folder for
-    `report.html`, which says what goes wrong; default: the run's, on its own data without `nms` and
-    `tta`. `nms` applies non-maximum suppression at that IoU first: how much AP that gains says how
-    many duplicates the detector leaves. `tta` and `tiles` look at each image as in `predict`
-    (`engine/views.py`). Raises `UserError` where the data set has errors, unless `skip_bad` drops
-    the bad records and the images that lose an object by that (`"boxes"`: these stay).
+    `report.html`, which says what goes wrong; default: the run's, where nothing differs from what
+    training did. `nms` applies non-maximum suppression at that IoU first: how much AP that gains
+    says how many duplicates the detector leaves. `tta`, `tiles` and `half` are as in `predict`.
+    Raises `UserError` where the data set has errors, unless `skip_bad` drops the bad records and
+    the images that lose an object by that (`"boxes"`: these stay).
     """
     outputs = None if results is None else Outputs(Path(results).parent, "--results")
     if outputs is not None:
@@ -67,14 +68,13 @@ def evaluate(
     weights = None if is_foreign(run) else find_weights(Path(run))
     tiling = None if tiles is None else Tiling(tiles, overlap, full)
     _refuse(metric, report is not None, tta, tiling)
-    plain = nms is None and not (tta or tiles) and metric != "voc"
-    as_in_training = plain and data is None and val is None
+    other = nms is not None or tta or tiles or half or metric == "voc"
+    as_in_training = not other and data is None and val is None
     page = reporting.report_outputs(weights if as_in_training else None, report, split)
     options = EvalOptions(data, val, val_images, split, batch_size, skip_bad, workers)
-    with process_group(device) as world, open_split(run, world, options) as opened:
+    with process_group(device) as world, open_split(run, world, options, half=half) as opened:
         masked, shown = metric == "masks", progress and world.is_main_process
-        # Says what lacks a mask before any work
-        truth = run_lengths(opened.annotations) if masked else None
+        truth = run_lengths(opened.annotations) if masked else None  # or says what lacks one
         evaluator = _evaluated(opened, options, world, (nms, tta, tiling), truth, shown)
         if outputs is not None and world.is_main_process:
             outputs.write_with(Path(results or "").name, evaluator.results_json)
@@ -85,8 +85,8 @@ def evaluate(
             result = replace(evaluator.compute(resample=True, of="mask"), boxes=result)
         if page is None or not world.is_main_process:
             return result
+        again = reporting.evaluation_command(run, options, metric, nms, tta, tiling, half)
         card = reporting.card_of(weights, opened.model)
-        again = reporting.evaluation_command(run, options, metric, nms, tta, tiling)
         return reporting.write_report(page, evaluator, result, card, again, split)
 
 

@@ -44,6 +44,7 @@ def predict(
     format: LabelFormat | None = None,
     crops: bool = False,
     device: str | None = None,
+    half: bool = False,
     on_error: OnError = "raise",
     on_prediction: Callable[[Prediction], object] | None = None,
     progress: bool = False,
@@ -55,10 +56,9 @@ def predict(
     is not kept then: of long videos.
 
     `threshold="auto"` takes for each class the one with the highest F1 on the run's own validation
-    split, which the end of `train`, and `evaluate`, store in the run's `report.json`.
-
-    `tiles` looks at each picture in tiles of so many pixels a side, which share `overlap` of it,
-    and with `full` at the whole as well (`predictions/tiles.py`).
+    split, which the end of `train`, and `evaluate`, store in the run's `report.json`. `tiles` looks
+    at each picture in tiles of so many pixels a side, which share `overlap` of it, and with `full`
+    at the whole as well (`predictions/tiles.py`). `half` computes products in bfloat16.
 
     With `out`, annotated pictures and videos, and `predictions.json`, go there, and with `txt` YOLO
     text (`labels/NAME.txt`: class, cx, cy, w, h, score) and `classes.txt`. `format` writes a label
@@ -75,7 +75,7 @@ def predict(
     given = [replace(picture, every=every) for picture in inputs]
     folder = None if out is None else PredictionFolder(Path(out), given, txt, format, crops)
     given = given if folder is None else folder.pictures
-    model = load(place, device=device).fused()
+    model = load(place, device=device, half=half).fused()
     least = class_thresholds(place, model.classes) if threshold == "auto" else threshold
 
     def detect(some: Iterable[InputPicture]) -> Generator[Prediction | UnreadablePicture]:

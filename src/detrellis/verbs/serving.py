@@ -28,16 +28,17 @@ def serve(
     max_bytes: Count = 32 * 2**20,
     max_pixels: Count = 50_000_000,
     device: str | None = None,
+    half: bool = False,
     started: Callable[[str], None] = print,
 ) -> None:
     """Serve a run or an exported network over HTTP until Ctrl-C or SIGTERM;
     requests that are inside are answered.
 
     `serving/app.py` says what is answered. The default `host` is this machine alone: there is no
-    password, so put what has one before it. `threshold` and `nms` are as in `predict`; a request
-    may name a threshold of its own. At most `batch_size` pictures go through the detector at a
-    time, and a body may have `max_bytes` and a picture `max_pixels`. `started` is called with the
-    address, once it answers there; port 0 takes a free one.
+    password, so put what has one before it. `threshold`, `nms` and `half` are as in `predict`; a
+    request may name a threshold of its own. At most `batch_size` pictures go through the detector
+    at a time, and a body may have `max_bytes` and a picture `max_pixels`. `started` is called with
+    the address, once it answers there; port 0 takes a free one.
 
     Raises `UserError` where FastAPI or uvicorn is missing, or the port is taken.
     """
@@ -47,7 +48,7 @@ def serve(
         from detrellis.serving.app import Limits, build_app
     except ImportError as error:
         raise UserError(f"{error.name} is not installed, which serve needs", INSTALL) from None
-    served = open_served(run, threshold, nms, device)
+    served = open_served(run, threshold, nms, device, half)
     with _listening(host, port) as listener:
         app = build_app(served, Limits(max_bytes, max_pixels, batch_size=batch_size))
         config = uvicorn.Config(
