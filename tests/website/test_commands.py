@@ -71,7 +71,8 @@ def check_call(words: list[str]) -> None:
         assert named <= extras(), f"pyproject.toml has no {named - extras()}"
     script = next((word for word in words if word.endswith(".py")), None)
     if script is not None and first.startswith("python"):
-        source = (ROOT / script).read_text()
+        shared = ROOT / script.replace(Path(script).name, "common.py")  # of all benchmarks
+        source = (ROOT / script).read_text() + (shared.read_text() if shared.exists() else "")
         missing = [
             word
             for word in others
