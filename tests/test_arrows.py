@@ -35,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "rle": set(),
     "overlay": {"rle"},
     "masks": {"types", "rle"},
-    "nn": {"types", "boxes", "errors"},
+    "precision": {"errors"},
+    "nn": {"types", "boxes", "precision", "errors"},
     "postprocess": {"types", "boxes", "masks", "rle"},
     "detector": {"types", "nn", "postprocess"},
     "mask_points": {"types"},
@@ -117,6 +118,7 @@ ALLOWED: dict[str, set[str]] = {
             "nn",
             "postprocess",
             "detector",
+            "precision",
             "training",
             "data",
             "recipes",
@@ -137,13 +139,13 @@ ALLOWED: dict[str, set[str]] = {
     },
     "serving": {
         *("data", "engine", "interop", "loading", "predictions", "report"),
-        *("arguments", "errors", "version", "webpage"),
+        *("errors", "version", "webpage"),
     },
     "hub": {"engine", "interop", "report", "arguments", "errors"},
     "exported": {"types", "detector", "engine", "recipes", "errors"},
     "loading": {
         *("detector", "data", "recipes", "engine", "interop", "predictions", "exported"),
-        *("arguments", "distributed", "errors"),
+        *("precision", "arguments", "distributed", "errors"),
     },
     "exporting": {
         *(
@@ -161,9 +163,9 @@ ALLOWED: dict[str, set[str]] = {
         ),
         *("arguments", "distributed", "outputs", "errors"),
     },
-    "api": {"verbs", "engine", "interop", "predictions", "loading", "exporting", "serving", "hub"},
+    "api": {"verbs", "engine", "interop", "predictions", "loading", "exporting", "hub"},
     "verbs": {
-        *("data", "recipes", "engine", "interop", "predictions", "loading", "report"),
+        *("data", "recipes", "engine", "interop", "predictions", "loading", "report", "serving"),
         *("arguments", "distributed", "folders", "outputs", "errors"),
     },
     "analysis": {

@@ -157,10 +157,9 @@ def bench_recipe(
 ) -> BenchResult:
     """As `detrellis.bench`, of a recipe that is chosen. Warming up also pays for what is compiled.
 
-    Inference is `Detector.detect` of a fused detector: images to sorted boxes. `half` is the same
-    with products in bfloat16. A training step is
-    forward, losses on random targets, backward, clipping and the optimizer, with the recipe's
-    schemes. Random weights change no time.
+    Inference is `Detector.detect` of a fused detector: images to sorted boxes; `half` is the same
+    with products in bfloat16. A training step is forward, losses on random targets, backward,
+    clipping and the optimizer, with the recipe's schemes. Random weights change no time.
     """
     target, pixels = pick_device(device), image_size(recipe) if size is None else parse_size(size)
     train, half = task == "training step", task == "half"
