@@ -51,22 +51,16 @@ class Row:
         )
 
 
-def arguments(about: str | None) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
+def arguments(about: str | None, *, bfloat16: bool = False) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes, and `--bfloat16` where two sides are compared."""
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="also write the rows with budgets here")
+    if bfloat16:
+        about_it = "time both sides under autocast; they are equal in float32"
+        parser.add_argument("--bfloat16", action="store_true", help=about_it)
     return parser
-
-
-def add_bfloat16(parser: argparse.ArgumentParser) -> None:
-    """`--bfloat16`, for what compares two sides in either precision."""
-    parser.add_argument(
-        "--bfloat16",
-        action="store_true",
-        help="time both sides under autocast; they are equal in float32",
-    )
 
 
 def autocast(bfloat16: bool) -> torch.autocast:

@@ -12,16 +12,7 @@ them.
 from __future__ import annotations
 
 import torch
-from common import (
-    Row,
-    add_bfloat16,
-    arguments,
-    autocast,
-    describe,
-    finish,
-    interleaved,
-    least_seconds,
-)
+from common import Row, arguments, autocast, describe, finish, interleaved, least_seconds
 from peers import FULL, ours, theirs
 
 from detrellis.recipes import find_recipe
@@ -79,10 +70,9 @@ def compare(rounds: int, side: int, bfloat16: bool) -> list[Row]:
 
 def main() -> None:
     """See the top of the file."""
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, bfloat16=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--side", type=int, default=640)
-    add_bfloat16(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

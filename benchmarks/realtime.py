@@ -21,16 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
-    Row,
-    add_bfloat16,
-    arguments,
-    autocast,
-    describe,
-    finish,
-    interleaved,
-    least_seconds,
-)
+from common import Row, arguments, autocast, describe, finish, interleaved, least_seconds
 from peers import transformers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -218,11 +209,10 @@ def timed(what: str, variants: dict[str, Any], rounds: int) -> Row:
 
 def main() -> None:
     """See the top of the file."""
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, bfloat16=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--side", type=int, default=640)
     parser.add_argument("--batch", type=int, default=2, help="images of a training step")
-    add_bfloat16(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     peer = theirs()

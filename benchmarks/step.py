@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from common import (
     Row,
-    add_bfloat16,
     arguments,
     autocast,
     best,
@@ -172,9 +171,8 @@ def compare(rounds: int, bfloat16: bool) -> list[Row]:
 
 def main() -> None:
     """See the top of the file."""
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, bfloat16=True)
     parser.add_argument("--rounds", type=int, default=6)
-    add_bfloat16(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     finish(compare(args.rounds, args.bfloat16), args.json)

@@ -5,6 +5,7 @@ and the losses stay near those of float32.
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_depthwise_convolutions_are_trained_in_float32_on_cpus(kind: type[nn.Con
     names = list(depthwise.state_dict())
     accelerate(depthwise, plain)
     accelerate(depthwise, plain)
-    depthwise = copy.deepcopy(depthwise)
+    depthwise = pickle.loads(pickle.dumps(copy.deepcopy(depthwise)))
     assert isinstance(depthwise, kind)
     assert list(depthwise.state_dict()) == names
     x = torch.randn(1, 8, 6, 6)

@@ -16,20 +16,20 @@ from detrellis.errors import UserError
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices of bfloat16."""
+    """Whether the device multiplies matrices of bfloat16, and is known to gain by it."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    # Other CPUs do as many products a second as in float32, or fewer.
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     amx: Any = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return device.type == "cpu" and amx is not None and bool(amx())
 
 
 def check_bfloat16(device: torch.device) -> None:
-    """Raises `UserError` for a device that multiplies none."""
+    """Raises `UserError` for a device that has it not."""
     if not has_bfloat16(device):
         raise UserError(
-            f"half precision: device {device.type} multiplies no bfloat16",
-            "Leave it out: in float32 this device is as fast.",
+            f"half precision is for NVIDIA's GPUs from Ampere on and for CPUs with AMX, and device "
+            f"{device.type} is none of them",
+            "Leave it out, or name another --device.",
         )
 
 

@@ -20,7 +20,7 @@ from detrellis.serving.detector import open_served
 from detrellis.types import DecoderOutput, ImageBatch
 
 from ..small import SMALL
-from .conftest import picture
+from .conftest import picture, save
 
 
 @pytest.fixture
@@ -91,13 +91,15 @@ def test_weights_that_are_halves_are_computed_with_as_such(
         assert torch.get_autocast_dtype("cpu") == dtype
 
 
-def test_devices_without_it_refuse_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_without_it_refuse_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(precision, "has_bfloat16", lambda _: False)
-    with pytest.raises(UserError, match="multiplies no bfloat16"):
+    with pytest.raises(UserError, match="CPUs with AMX"):
         load(run, half=True)
-    result = CliRunner().invoke(app, ["predict", str(run), "a.jpg", "--half", "--device", "cpu"])
-    assert isinstance(result.exception, UserError | SystemExit)
-    assert result.exit_code != 0
+    given = [str(run), str(save(tmp_path / "a.png")), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["predict", *given, "--half", "--device", "cpu"])
+    assert "CPUs with AMX" in f"{result.exception} {result.stderr}"
 
 
 @pytest.mark.usefixtures("bfloat16")

@@ -22,6 +22,10 @@ class _FastPackedLinear(PackedLinear):
 class _Single(nn.Module):
     """Computes what the class after it does in float32 where bfloat16 would be slow."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Its class has no name by which it could be found again
+        return _blank, (type(self).__bases__[1],), self.__dict__
+
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor
         if not slow_in_bfloat16(x):
@@ -38,6 +42,12 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 }
 # Depthwise convolutions of each class, as they are needed
 SINGLE: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    """A module of that class without a state, for pickles and copies."""
+    single = _single(kind)
+    return single.__new__(single)
 
 
 def _is_depthwise(module: nn.Module) -> bool:
