@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
 
 import detrellis
 from detrellis import precision
+from detrellis.detector import Detector
 from detrellis.engine import bench
 from detrellis.engine.bench import Task, bench_recipe, parse_batch_sizes, parse_size
 from detrellis.errors import UserError
+from detrellis.types import Detections
 
 from ..small import CLASSES, small
 
@@ -46,6 +49,14 @@ def test_says_in_which_precision_a_step_was_timed(
 ) -> None:
     for module in (bench, precision):
         monkeypatch.setattr(module, "has_bfloat16", lambda _: True)
+    seen: list[bool] = []
+    detect = Detector.detect
+
+    def watched(self: Detector, *args: Any) -> list[Detections]:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return detect(self, *args)
+
+    monkeypatch.setattr(Detector, "detect", watched)
     recipe = small("tiny").override(f"optim.amp={str(amp).lower()}")
     tasks: tuple[Task, ...] = ("training step", "inference", "half")
     step, inference, half = (
@@ -53,7 +64,7 @@ def test_says_in_which_precision_a_step_was_timed(
         for task in tasks
     )
     assert ("bfloat16" in step.about()) == step.bfloat16 == amp
-    assert (inference.bfloat16, half.bfloat16) == (False, True)
+    assert [inference.bfloat16, half.bfloat16] == seen == [False, True]
     with pytest.raises(UserError, match=r"optim\.amp"):
         detrellis.bench("tiny", half=True, train=True)
 
