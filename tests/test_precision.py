@@ -108,6 +108,39 @@ def test_depthwise_convolutions_are_trained_in_float32_on_cpus(kind: type[nn.Con
     torch.testing.assert_close(out, depthwise(x.bfloat16().float()))
 
 
+def _leave_nan_behind() -> None:
+    """Frees memory of all sizes full of NaN, for whoever reads what nobody wrote."""
+    sizes = [2**n for n in range(4, 19)]
+    blocks = [torch.full((size,), float("nan")) for size in sizes for _ in range(8)]
+    del blocks
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "width"), [(3, 2, 1), (3, 2, 2), (7, 2, 2), (4, 4, 7), (3, 3, 3)]
+)
+@pytest.mark.parametrize("kind", [nn.Conv2d, Conv2dSame])
+def test_strided_convolutions_to_one_column_are_right(
+    kind: type[nn.Conv2d], kernel: int, stride: int, width: int
+) -> None:
+    """In bf16 oneDNN reads beyond them, forwards and in the weights' gradient."""
+    layer = kind(64, 64, kernel, stride, padding=0 if kernel == stride else kernel // 2)
+    accelerate(layer)
+    for rows in (7, 16):
+        x = torch.randn(2, 64, rows, width)
+        for _ in range(4):
+            layer.zero_grad()
+            _leave_nan_behind()
+            with torch.autocast("cpu", torch.bfloat16):
+                out = layer(x)
+                assert layer(x.new_zeros(2, 64, rows, 16)).dtype == torch.bfloat16
+            _leave_nan_behind()
+            out.sum().backward()
+            assert out.isfinite().all()
+            assert layer.weight.grad is not None
+            assert layer.weight.grad.isfinite().all()
+        torch.testing.assert_close(out, layer(x))
+
+
 @pytest.mark.parametrize("mask", [None, torch.ones(4, 4, dtype=torch.bool), torch.zeros(4, 4)])
 def test_attention_is_trained_in_float32_on_cpus(mask: Tensor | None) -> None:
     rows = [torch.randn(1, 2, 4, 8, dtype=torch.bfloat16) for _ in range(3)]

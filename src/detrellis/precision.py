@@ -38,8 +38,13 @@ def autocast(device: torch.device, wanted: bool) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_bfloat16(device))
 
 
+def in_bfloat16_on_cpu(x: Tensor) -> bool:
+    """Whether a CPU would compute in bfloat16 what reads `x`."""
+    return x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+
+
 def slow_in_bfloat16(x: Tensor) -> bool:
-    """Whether the gradients of an attention or of a depthwise convolution, which reads `x`, would
-    be computed in bfloat16 by a CPU: it takes two to ten times as long as in float32.
+    """Whether the gradients of an attention which reads `x` would be computed in bfloat16 by a CPU:
+    it takes several times as long as in float32.
     """
-    return x.device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
+    return in_bfloat16_on_cpu(x) and torch.is_grad_enabled()
