@@ -66,6 +66,21 @@ def test_plan_of_schemes(shapes: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        ("tiny", ["cdn", "cdn+align=1", "cdn+stable", "cdn+group=3"]),
+        ("deformable-detr-r50", ["none", "align=1", "stable", "group=3"]),
+        ("stable-dino-r50", ["cdn+stable", "cdn+stable+group=3"]),
+        ("detr-r50", ["none", "group=3"]),
+    ],
+)
+def test_rows_that_nobody_names(shapes: Path, recipe: str, names: list[str]) -> None:
+    """The recipe's own schemes, and what goes with them."""
+    plan = plan_schemes(recipe, None, resolve(shapes), seeds=(0,), scale="tiny")
+    assert [row.name for row in plan.rows] == names
+
+
+@pytest.mark.parametrize(
     ("schemes", "message"),
     [
         (",", "no row"),

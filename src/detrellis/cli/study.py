@@ -153,13 +153,15 @@ def compare(
         str, typer.Argument(help="Recipe that all rows share; see `detrellis recipes`.")
     ] = "small",
     schemes: Annotated[
-        str,
+        str | None,
         typer.Option(
             help=(
-                "Rows, with commas between; the schemes of a row with +. The first is the baseline."
+                "Rows, with commas between; the schemes of a row with +. The first is the "
+                "baseline. Default: the recipe's own, and with each of align=1, stable and group=3 "
+                "that it can have."
             )
         ),
-    ] = "none,cdn,align,group=3,co=atss",
+    ] = None,
     files: Files,
     override: Overrides = None,
     seeds: Seeds = 3,
@@ -173,7 +175,7 @@ def compare(
     same command again goes on with what was stopped. Exit code: 0 all runs finished, 1 some did
     not, 2 wrong use.
 
-    Example: detrellis compare small --data my_data --schemes none,align,co=atss,align+group=3
+    Example: detrellis compare small --data my_data --schemes cdn,cdn+align=1,cdn+stable
     --epochs 12
     """
     choose_recipe(recipe, trials.scale, (), override or ())

@@ -5,6 +5,7 @@ or those of a paper's table.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Literal
 
 from detrellis.data.doctor.check import prepare
@@ -21,6 +22,11 @@ KNOWN = (*SCHEMES, "none")
 VOC = "The paper's AP is Pascal VOC's, at IoU 0.5: compare it with AP50"
 Equal = Literal["epochs", "time"]  # what all rows of a study have in common
 LISTS = ("co",)  # schemes whose own value has + in it: co=atss+rcnn
+USUAL = (
+    "align=1",
+    "stable",
+    "group=3",
+)  # what a study adds where nobody names rows: docs/results.md
 
 
 def parse_rows(text: str) -> list[list[str]]:
@@ -53,7 +59,7 @@ def with_exactly(recipe: Recipe, schemes: Sequence[str]) -> Recipe:
 
 def plan_schemes(
     recipe: str,
-    schemes: str,
+    schemes: str | None,
     source: DataSource,
     *,
     seeds: Sequence[int],
@@ -65,6 +71,7 @@ def plan_schemes(
     command: str = "",
 ) -> StudyPlan:
     """A row for each set of schemes in `schemes` (see `parse_rows`); the first is the baseline.
+    Without them: the recipe's own, and each of `USUAL` that goes with the recipe, added to them.
 
     `override` sets fields of all rows; a dial such as `schemes.group.reduction=sum` only where a
     row has the scheme. With `equal="time"` rows that are slower than the baseline get fewer epochs,
@@ -81,6 +88,8 @@ def plan_schemes(
             "gives each another one",
             "Leave it out, or take -o schedule.patience=0.",
         )
+    if schemes is None:
+        schemes = _usual_rows(base)
     named = [("+".join(row) or "none", with_exactly(base, row)) for row in parse_rows(schemes)]
     if not named:
         raise UserError(
@@ -103,6 +112,17 @@ def plan_schemes(
     for row in rows:
         check_row(row.recipe, classes)
     return plan
+
+
+def _usual_rows(recipe: Recipe) -> str:
+    own = [name for name, config in recipe.schemes if config is not None]
+    rows = [own]
+    for scheme in (s for s in USUAL if s.partition("=")[0] not in own):
+        row = [*own, scheme]
+        with suppress(UserError):  # this recipe cannot have it
+            check_row(with_exactly(recipe, row), classes=2)  # any number: none is refused for it
+            rows.append(row)
+    return ",".join("+".join(row) or "none" for row in rows)
 
 
 def _pace(equal: Equal) -> dict[str, float] | None:
