@@ -17,6 +17,7 @@ import torch
 from common import Row, arguments, finish, saved_bytes, storages_of
 
 from detrellis.engine.optim import build_optimizer
+from detrellis.nn.recompute import Recomputable
 from detrellis.recipes import find_recipe
 from detrellis.recipes.build import build
 from detrellis.training import TrainableDetector
@@ -64,7 +65,10 @@ def saved() -> dict[tuple[str, bool], float]:
     }
     kept = {}
     for checkpointing in (True, False):
-        model.detector.backbone.checkpointing = model.detector.encoder.checkpointing = checkpointing
+        model.detector.backbone.checkpointing = checkpointing
+        for layer in model.modules():
+            if isinstance(layer, Recomputable):
+                layer.recomputed = checkpointing
         for name, forward in passes.items():
             kept[name, checkpointing] = saved_bytes(forward, existing) / 2**20
     return kept

@@ -276,6 +276,14 @@ def test_contents_that_are_tokens_are_read_from_format_3() -> None:
         assert read_recipe(old, 3).model_dump()["detector"]["queries"]["content_from"] == content
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_checkpointing_of_an_encoder_is_read_from_format_5(again: bool) -> None:
+    """Since then it is the decoder's, too, and none of the detector's."""
+    old = json.loads(find_recipe("dino-r50").model_dump_json(exclude={"optim": {"checkpointing"}}))
+    old["detector"]["encoder"]["checkpointing"] = again
+    assert read_recipe(old, 5).optim.checkpointing == again
+
+
 def test_what_this_version_stores_it_reads_as_it_is() -> None:
     dumped = json.loads(find_recipe("dino-r50").model_dump_json())
     assert migrated(dumped, FORMAT) == dumped

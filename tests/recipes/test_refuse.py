@@ -81,7 +81,11 @@ def test_a_warmup_is_a_fraction_or_steps() -> None:
 
 @pytest.mark.parametrize(
     ("name", "other"),
-    [("tiny", "optim.fully_shard=true"), ("sam_detr_r50", "optim.compile=true")],
+    [
+        ("tiny", "optim.fully_shard=true"),
+        ("tiny", "optim.checkpointing=true"),
+        ("sam_detr_r50", "optim.compile=true"),
+    ],
 )
 def test_what_cannot_be_compiled_is_named(name: str, other: str) -> None:
     compiled = small(name).override([other, "optim.compile=true"])

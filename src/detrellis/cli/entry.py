@@ -32,8 +32,8 @@ REMEDIES = {
     ),
 }
 ROOM = (
-    "Take `train --auto-batch`, a smaller -o data.size or --batch-size, fewer --workers, or end "
-    "other programs."
+    "Take `train --auto-batch`, -o optim.checkpointing=true, a smaller -o data.size or "
+    "--batch-size, fewer --workers, or end other programs."
 )
 
 

@@ -118,7 +118,8 @@ def with_auto_batch(
         raise UserError(
             f"--auto-batch: a step with one image of {worst} does not fit into the memory of "
             f"{world.device}",
-            "Take a smaller -o data.size or fewer --workers, or end other programs.",
+            "Take -o optim.checkpointing=true, a smaller -o data.size or fewer --workers, or end "
+            "other programs.",
         )
     each = max(count for count in range(1, min(fit, share) + 1) if share % count == 0)
     return recipe.override(f"{ACCUMULATE}={share // each}"), _describe(

@@ -16,6 +16,7 @@ from detrellis.nn.distribution import Gateway
 from detrellis.nn.heads import Heads, SegmentHeads, joined
 from detrellis.nn.mlp import FeedForward
 from detrellis.nn.ranked import RankLayers
+from detrellis.nn.recompute import recomputable
 from detrellis.nn.refine import (
     DistributionRefinement,
     IterativeRefinement,
@@ -47,6 +48,8 @@ class DecoderLayer(nn.Module):
     residual (D-FINE).
     """
 
+    recomputed = False  # in the backward pass
+
     def __init__(
         self,
         self_attention: nn.Module,
@@ -65,6 +68,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.feed_forward = feed_forward
 
+    @recomputable
     def forward(
         self, x: Tensor, where: Spatial, memory: Memory, segments: Sequence[Segment]
     ) -> tuple[Tensor, Tensor]:
@@ -111,6 +115,7 @@ class CrossFirstLayer(DecoderLayer):
     first queries know nothing of the image, in MS-DETR because what they have read is not yet told
     apart."""
 
+    @recomputable
     def forward(
         self, x: Tensor, where: Spatial, memory: Memory, segments: Sequence[Segment]
     ) -> tuple[Tensor, Tensor]:

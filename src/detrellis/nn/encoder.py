@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from detrellis.nn.constants import kept
 from detrellis.nn.mlp import FeedForward
+from detrellis.nn.recompute import recomputable
 from detrellis.types import Memory, Spatial
 
 Shapes = tuple[tuple[int, int], ...]  # (height, width) of each level
@@ -52,6 +52,8 @@ class EncoderLayer(nn.Module):
     `attention` is any module called with `(x, where, memory)`.
     """
 
+    recomputed = False  # in the backward pass
+
     def __init__(
         self, attention: nn.Module, feed_forward: FeedForward, width: int, *, dropout: float = 0.0
     ) -> None:
@@ -67,6 +69,7 @@ class EncoderLayer(nn.Module):
             tokens=self.refine(memory.tokens, Spatial(memory.position, references), memory)
         )
 
+    @recomputable
     def refine(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
         """Tokens `x (B, N, D)` after this layer, in which they read the `memory`."""
         out: Tensor = self.feed_forward(
@@ -99,7 +102,6 @@ class Encoder(nn.Module):
     `references`: whether the attention samples around the tokens' centres. `position_scale`: an MLP
     of the tokens whose output multiplies their positions, anew at each layer (DAB-DETR). `fusion`:
     what makes the memory of the tokens at all depths; None: the last layer's are the memory.
-    `checkpointing`: the backward pass computes each layer again, which saves its activations.
     """
 
     def __init__(
@@ -109,12 +111,10 @@ class Encoder(nn.Module):
         references: bool,
         position_scale: nn.Module | None = None,
         fusion: MemoryFusion | None = None,
-        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.references, self.position_scale, self.fusion = references, position_scale, fusion
-        self.checkpointing = checkpointing
 
     def forward(self, memory: Memory, head: nn.Module | None = None) -> Memory:
         """The memory with encoded tokens, whatever `head` proposes boxes from it."""
@@ -123,10 +123,7 @@ class Encoder(nn.Module):
         for layer in self.layers:
             if self.position_scale is not None:
                 memory = memory._replace(position=position * self.position_scale(memory.tokens))
-            if self.checkpointing and torch.is_grad_enabled():
-                memory = checkpoint(layer, memory, references, use_reentrant=False)
-            else:
-                memory = layer(memory, references)
+            memory = layer(memory, references)
             if self.fusion is not None:
                 states.append(memory.tokens)
         if self.fusion is not None:

@@ -17,6 +17,7 @@ from detrellis.errors import UserError
 from detrellis.mask_points import MaskCost, Points
 from detrellis.matching import Candidates, Hungarian, MatchingCost, focal_term, softmax_term
 from detrellis.nn.accelerate import accelerate
+from detrellis.nn.recompute import recompute_layers
 from detrellis.nn.undrawn import Undrawn
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.detector import DetectorConfig
@@ -175,6 +176,8 @@ def build(
         token_targets=encoder.targets if encoder.kind == "salience" else "salience",
         points=build_points(recipe),
     )
+    if recipe.optim.checkpointing:
+        recompute_layers(detector.encoder, detector.decoder)
     if not stored:
         _refuse_idle_factors(recipe.optim.scaled, [name for name, _ in model.named_parameters()])
     return model

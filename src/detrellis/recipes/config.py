@@ -86,6 +86,8 @@ class OptimConfig(Config):
     ema_ramp: CountOrNone = 0  # steps in which that decay is approached (RT-DETR: 2000); 0: in 10
     amp: bool = True  # bf16 on GPUs and CPUs that have it: `precision.py`
     compile: bool = False  # the layers of encoder and decoder, with torch.compile
+    # Compute these layers again in the backward pass, instead of keeping what they computed
+    checkpointing: bool = False
     # Shard parameters, gradients, moments and averages over the processes (FSDP2)
     fully_shard: bool = False
 

@@ -27,8 +27,6 @@ class DeformableEncoderConfig(Config):
     fusion: bool = False
     # Of the memory, which a masked decoder projects to its own; None: detector.width
     width: Width | None = None
-    # Compute layers again in the backward pass, instead of keeping what they computed
-    checkpointing: bool = False
 
 
 class SalienceEncoderConfig(Config):

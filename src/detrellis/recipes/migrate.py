@@ -17,11 +17,12 @@ from detrellis.recipes.backbones import RESNETS
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.detector import DetectorConfig
 
-FORMAT = 5  # of stored recipes
+FORMAT = 6  # of stored recipes
 
 # Where a field of an older format stands now, as dotted paths. A name of today must not stand on
 # the left.
 RENAMED: Mapping[str, str] = {
+    "detector.encoder.checkpointing": "optim.checkpointing",
     "schemes.co.most": "schemes.co.max_queries",
     "schemes.co.heads": "schemes.co.head_weight",
     "schemes.co.queries": "schemes.co.query_weight",

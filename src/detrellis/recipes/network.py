@@ -184,7 +184,7 @@ def build_encoder(config: DetectorConfig) -> Encoder | SalienceEncoder:
         return SalienceEncoder(layers, promising, width, encoder.levels, dropout=dropout, **options)
     if encoder.kind == "deformable":
         fusion = MemoryFusion(width, len(layers)) if encoder.fusion else None
-        return Encoder(layers, references=True, fusion=fusion, checkpointing=encoder.checkpointing)
+        return Encoder(layers, references=True, fusion=fusion)
     return Encoder(
         layers,
         references=False,

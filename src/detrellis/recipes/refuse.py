@@ -162,6 +162,12 @@ def _refuse_optimizer(recipe: Recipe) -> None:
             "its parameters",
             "Take -o optim.compile=false, or -o optim.fully_shard=false.",
         )
+    if recipe.optim.compile and recipe.optim.checkpointing:
+        raise UserError(
+            "optim.compile and optim.checkpointing do not combine: a compiled layer chooses itself "
+            "what it keeps for the backward pass",
+            "Take -o optim.compile=false, or -o optim.checkpointing=false.",
+        )
     if recipe.optim.compile and recipe.detector.cross_attention.kind == "semantic":
         raise UserError(
             f"optim.compile and {recipe.name} do not combine: how many samples its RoIAlign takes "

@@ -127,7 +127,6 @@ def _tiny_encoder(encoder: EncoderConfig) -> EncoderConfig:
     if encoder.kind == "hybrid":
         return encoder.replace(layers=1, hidden=512, levels=2, inner=None, expansion=0.5)
     others = {} if encoder.kind == "dense" else {"levels": 3}
-    others |= {"checkpointing": False} if encoder.kind == "deformable" else {}
     return encoder.replace(layers=2, hidden=512, **others)
 
 

@@ -29,6 +29,7 @@ BY_LAYER = OptimConfig(
     decay_norms=False,
     undecayed=("bias",),
     batch_size=64,
+    checkpointing=True,
 )
 
 
@@ -41,7 +42,6 @@ def _co_dino(
     base = co_dino_r50()
     detector = base.detector.replace(
         backbone=backbone,
-        encoder=base.detector.encoder.replace(checkpointing=True),
         queries=base.detector.queries.replace(count=queries),
         top_k=1000,
     )
