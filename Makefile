@@ -12,6 +12,10 @@ STAMP := $(VENV)/.installed
 # A file's tests stay in one process, because they share runs that are expensive to make; files with few tests come last.
 TEST_FLAGS ?= -n auto --maxprocesses 8 --dist loadfile
 TESTS ?=
+# What a run and a server promise when something goes wrong: docs/reliability.md.
+RELIABILITY := $(patsubst %,tests/soak/test_%.py,disk fuzz kills launchers numbers processes serving)
+# Seconds, of each of these files: kills take an hour and a half.
+LIMIT ?= 7200
 BENCH ?=
 # CPU=1 takes PyTorch's CPU build: the other brings 6 GB of CUDA libraries. uv knows the index that has it; where that
 # cannot be reached, one that pip is configured for may have it, or TORCH_INDEX names one.
@@ -27,7 +31,7 @@ QUICK := $(addprefix tests/test_cli.py::test_,help_shows_an_example a_wrong_word
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test soak quick oldest dist wheel docs bench check lint types arrows style clean
+.PHONY: help venv demo test soak long quick oldest dist wheel docs bench check lint types arrows style clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,8 +44,11 @@ demo: $(STAMP)  ## Make a data set, train on it, and draw what the detector find
 test: $(STAMP)  ## Run the tests (a part of them: make test TESTS=tests/golden)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS) $(TESTS)
 
-soak: $(STAMP)  ## Run the reliability campaign, an hour at most (a part: make soak TESTS=tests/soak/test_kills.py)
-	OMP_NUM_THREADS=1 timeout --signal=INT 3600 $(BIN)/python -m pytest --durations=0 $(or $(TESTS),tests/soak)
+soak: $(STAMP)  ## Run the reliability campaign, for hours (a part: make soak TESTS=tests/soak/test_kills.py)
+	$(call in_turn,$(RELIABILITY))
+
+long: $(STAMP)  ## Run the other long tests: of benchmarks, commands, exports, pages (a part: make long TESTS=...)
+	$(call in_turn,$(filter-out $(RELIABILITY),$(wildcard tests/soak/test_*.py)))
 
 quick:  ## Run the tests that meet the libraries: try another Python with make quick PYTHON=python3.13
 	$(MAKE) test TEST_FLAGS= TESTS="$(QUICK)"
@@ -104,6 +111,15 @@ $(OLDEST)/.installed: pyproject.toml
 	@touch $@
 
 EVERYTHING := .[dev,tensorboard]
+
+LONG_TEST = OMP_NUM_THREADS=1 timeout --signal=INT $(LIMIT) $(BIN)/python -m pytest --durations=0
+
+# What TESTS names, or one file after the other, so that one that fails or takes too long keeps no other from its turn.
+define in_turn
+	@$(if $(TESTS),$(LONG_TEST) $(TESTS),failed=; \
+		for file in $(1); do echo $$file; $(LONG_TEST) $$file || failed="$$failed $$file"; done; \
+		[ -z "$$failed" ] || { echo "failed, or did not end in time:$$failed"; exit 1; })
+endef
 
 define CPU_BUILD
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install -q --index-url $(TORCH_INDEX) $(TORCH),\

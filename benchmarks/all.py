@@ -34,6 +34,9 @@ NAMES = (
     "groups",
     "semantic",
     "masks",
+    "realtime",
+    "vit",
+    "large_set",
 )
 
 

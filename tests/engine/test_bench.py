@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from torch import Tensor
 
 import detrellis
 from detrellis import precision
 from detrellis.detector import Detector
 from detrellis.engine import bench
-from detrellis.engine.bench import Task, bench_recipe, parse_batch_sizes, parse_size
+from detrellis.engine.bench import BenchResult, Task, bench_recipe, parse_batch_sizes, parse_size
 from detrellis.errors import UserError
 from detrellis.types import Detections
 
 from ..small import CLASSES, small
+from ..test_cli import call
 
 
 @pytest.mark.parametrize("task", ["inference", "training step"])
@@ -39,6 +43,7 @@ def test_times_each_batch_size(task: Task) -> None:
         assert math.isclose(t.images_per_second, t.batch_size * 1000 / t.median_ms, rel_tol=1e-3)
     assert json.loads(json.dumps(found.to_dict()))["timings"][1]["batch_size"] == 2
     assert found.table().row_count == 2
+    assert (found.timings[0].eager_ms, found.timings[0].speedup, found.verdict()) == (None,) * 3
     assert "96x64 pixels" in found.about()
     assert torch.get_num_threads() == threads
 
@@ -67,6 +72,58 @@ def test_says_in_which_precision_a_step_was_timed(
     assert [inference.bfloat16, half.bfloat16] == seen == [False, True]
     with pytest.raises(UserError, match=r"optim\.amp"):
         detrellis.bench("tiny", half=True, train=True)
+
+
+@pytest.mark.parametrize(("compiled", "eager", "speedup"), [(2.0, 1.0, 0.5), (1.0, 3.0, 3.0)])
+def test_what_is_compiled_takes_turns_with_eager(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    compiled: float,
+    eager: float,
+    speedup: float,
+) -> None:
+    """And where it is slower, that is said. A graph that counts its calls stands for compiled code,
+    and a clock for the machine.
+    """
+    calls, seen = [0], list[bool]()
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        def call(*inputs: Tensor) -> Any:
+            calls[0] += 1
+            return graph(*inputs)
+
+        return call
+
+    def seconds(run: Callable[[], object], _: torch.device) -> float:
+        before = calls[0]
+        run()
+        seen.append(calls[0] > before)
+        return compiled if seen[-1] else eager
+
+    monkeypatch.setattr(bench, "_compile", lambda m, *_: m.detector.compile(backend=backend))
+    monkeypatch.setattr(bench, "seconds_of", seconds)
+    found = bench_recipe(
+        small("tiny"), CLASSES, size=64, compiled=True, runs=2, warmup=1, device="cpu"
+    )
+    assert seen == [False, True] * 3
+    (timing,) = found.to_dict()["timings"]
+    assert timing["median_ms"] == compiled * 1000
+    assert (timing["eager_ms"], timing["speedup"]) == (eager * 1000, speedup)
+    Console(width=120).print(found.table())
+    shown = capsys.readouterr().out
+    assert f"{eager * 1000} ms" in shown
+    assert f"{speedup:.2f}x" in shown
+    verdict = found.verdict() or ""
+    assert ("leave --compile out" in verdict) == (speedup < 1)
+    torch._dynamo.reset()
+
+
+def test_the_command_says_where_compiled_is_slower(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(BenchResult, "verdict", lambda _: "leave it out")
+    words = ("bench", "tiny", "--size", "32x32", "--runs", 1, "-o", "detector.queries.count=9")
+    assert call(*words, capsys=capsys).splitlines()[-1] == "leave it out"
 
 
 def test_says_how_deformable_attention_was_computed() -> None:

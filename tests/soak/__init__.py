@@ -1,1 +1,1 @@
-"""The long form of the reliability tests: `make soak` (docs/reliability.md)."""
+"""Long tests: `make soak`, which docs/reliability.md is about, and `make long`."""

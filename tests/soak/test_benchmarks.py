@@ -3,6 +3,7 @@ measures then means nothing, but a name that it calls and that has moved is seen
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -58,6 +59,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_no_script_is_forgotten() -> None:
     assert {path.stem for path in ROOT.glob("*.py")} == {*WORDS, *NO_SCRIPTS, *ELSEWHERE}
+
+
+def test_all_that_has_a_budget_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `make bench`; `deformable` has a table of its own."""
+    monkeypatch.syspath_prepend(ROOT)
+    budgets = {path.stem for path in ROOT.glob("*.py") if "finish(" in path.read_text()}
+    assert {"deformable", *budgets - {"common"}} == set(importlib.import_module("all").NAMES)
 
 
 @pytest.mark.parametrize("name", WORDS)

@@ -1,7 +1,7 @@
 """Every kind of network with compiled layers, one of them by a real compiler; and a run with them on
 images of several sizes, which can be stopped and goes on bit for bit.
 
-    make soak TESTS=tests/soak/test_compiled.py
+    make long TESTS=tests/soak/test_compiled.py
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(**limits(Threads), help="CPU threads (default: torch's).")
     ] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="With torch.compile.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="With torch.compile, and without beside it.")
+    ] = False,
     train: Annotated[
         bool, typer.Option("--train", help="Time a training step instead of inference.")
     ] = False,
@@ -104,6 +106,8 @@ def bench(
         return
     console.print(result.about())
     console.print(result.table())
+    if verdict := result.verdict():
+        console.print(verdict)
 
 
 def recipes(as_json: AsJson = False) -> None:

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from detrellis.distributed import pick_device
 from detrellis.engine.measure import image_size
 from detrellis.engine.optim import build_optimizer
 from detrellis.errors import UserError
-from detrellis.nn.compiled_layers import compile_layers
+from detrellis.nn.compiled_layers import compile_layers, eager
 from detrellis.nn.compiler import import_compiler
 from detrellis.nn.deformable import DeformableAttention
 from detrellis.nn.kernels.deformable_cpu import path_taken
@@ -51,6 +51,10 @@ class Timing:
     fastest_ms: float
     images_per_second: float  # at the median
     peak_mib: float | None  # GPU memory that tensors took at most; None on other devices
+    # The median without torch.compile, taking turns with it, and how many times as fast compiling
+    # makes the pass; None where nothing is compiled
+    eager_ms: float | None = None
+    speedup: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +93,21 @@ class BenchResult:
         parts += [] if self.attention is None else [f"deformable attention: {self.attention}"]
         return "; ".join(parts)
 
+    def verdict(self) -> str | None:
+        """A line where compiling makes it slower."""
+        slower = [t.batch_size for t in self.timings if t.speedup is not None and t.speedup < 1]
+        if not slower:
+            return None
+        batches = ", ".join(map(str, slower))
+        return f"Compiled is slower than eager here (batch {batches}): leave --compile out."
+
     def table(self) -> Table:
         """A table of the times for a rich console."""
         memory = any(t.peak_mib is not None for t in self.timings)
-        table = Table(
-            "batch", "median", "fastest", "images/s", *(["peak memory"] if memory else [])
-        )
+        titles = ["batch", "median", "fastest", "images/s"]
+        titles += ["eager", "speedup"] if self.compiled else []
+        titles += ["peak memory"] if memory else []
+        table = Table(*titles)
         for t in self.timings:
             row = [
                 str(t.batch_size),
@@ -102,7 +115,9 @@ class BenchResult:
                 f"{t.fastest_ms:.1f} ms",
                 f"{t.images_per_second:.2f}",
             ]
-            table.add_row(*row, *([f"{t.peak_mib:.0f} MiB"] if t.peak_mib is not None else []))
+            row += [] if t.eager_ms is None else [f"{t.eager_ms:.1f} ms", f"{t.speedup:.2f}x"]
+            row += [] if t.peak_mib is None else [f"{t.peak_mib:.0f} MiB"]
+            table.add_row(*row)
         return table
 
 
@@ -159,7 +174,8 @@ def bench_recipe(
 
     Inference is `Detector.detect` of a fused detector: images to sorted boxes; `half` is the same
     with products in bfloat16. A training step is forward, losses on random targets, backward,
-    clipping and the optimizer, with the recipe's schemes. Random weights change no time.
+    clipping and the optimizer, with the recipe's schemes. Random weights change no time. What is
+    compiled takes turns with the same as it was, in one process and on the same images.
     """
     target, pixels = pick_device(device), image_size(recipe) if size is None else parse_size(size)
     train, half = task == "training step", task == "half"
@@ -175,7 +191,7 @@ def bench_recipe(
         used, timings = torch.get_num_threads(), []
         for batch in parse_batch_sizes(batch_sizes):
             images = ImageBatch(torch.randn(batch, 3, *pixels, device=target))
-            timings.append(_time(make(model, images), batch, target, runs, warmup))
+            timings.append(_time(make(model, images), batch, target, runs, warmup, compiled))
     name = torch.cuda.get_device_name(target) if target.type == "cuda" else target.type
     deformable = any(isinstance(module, DeformableAttention) for module in model.detector.modules())
     attention = path_taken() if deformable else None
@@ -259,20 +275,44 @@ def _rectangles(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def _time(
-    run: Callable[[], object], batch: int, device: torch.device, runs: int, warmup: int
+    run: Callable[[], object],
+    batch: int,
+    device: torch.device,
+    runs: int,
+    warmup: int,
+    compiled: bool,
 ) -> Timing:
-    cuda = device.type == "cuda"
-    seconds = []
-    for i in range(warmup + runs):
-        if cuda and i == warmup:
-            torch.cuda.reset_peak_memory_stats(device)
-        seconds.append(seconds_of(run, device))
-    timed = [s * 1000 for s in seconds[warmup:]]
+    """What is compiled takes turns with the same as it was, so that what else the machine does
+    slows both.
+    """
+    passes, without = [], []
+    for _ in range(warmup + runs):
+        if compiled:
+            with eager():
+                without.append(_pass(run, device)[0])
+        passes.append(_pass(run, device))
+    timed, peaks = zip(*passes[warmup:], strict=True)
     median = statistics.median(timed)
-    peak = round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if cuda else None
-    return Timing(
-        batch, round(median, 3), round(min(timed), 3), round(batch / median * 1000, 3), peak
+    timing = Timing(
+        batch,
+        round(median, 3),
+        round(min(timed), 3),
+        round(batch / median * 1000, 3),
+        max((peak for peak in peaks if peak is not None), default=None),
     )
+    if not compiled:
+        return timing
+    eager_ms = statistics.median(without[warmup:])
+    return replace(timing, eager_ms=round(eager_ms, 3), speedup=round(eager_ms / median, 2))
+
+
+def _pass(run: Callable[[], object], device: torch.device) -> tuple[float, float | None]:
+    """Milliseconds, and MiB that it took of a GPU's memory at most."""
+    if device.type != "cuda":
+        return seconds_of(run, device) * 1000, None
+    torch.cuda.reset_peak_memory_stats(device)
+    milliseconds = seconds_of(run, device) * 1000
+    return milliseconds, round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:

@@ -50,8 +50,8 @@ def bench(
     Times `runs` passes at each of `batch_sizes` (`"1,2,4"`, a number or numbers) after `warmup`
     untimed ones. `size` is the height and width of the images, `"640x480"` or a pair, or the short
     side of a landscape image; by default the recipe's. `threads` are those of the CPU (default:
-    torch's), `compiled` takes `torch.compile`, and `half` lets inference compute products in
-    bfloat16.
+    torch's), `compiled` takes `torch.compile` and times eager too, and `half` lets inference
+    compute products in bfloat16.
     """
     if train and half:
         raise UserError(
