@@ -73,6 +73,25 @@ def test_parameters(name: str) -> None:
     assert trained == pytest.approx(published, **({"abs": 1} if whole else {"rel": 0.01}))
 
 
+@pytest.mark.parametrize("name", ["lwdetr-tiny", "lwdetr-large", "rfdetr-nano"])
+def test_what_of_the_vit_goes_without_weight_decay_as_published(name: str) -> None:
+    """By the rules of the released codes, on the names that the parameters have there."""
+    model, optim = built(name), find_recipe(name).optim
+    vit = "detector.backbone."
+    for key, _ in model.named_parameters():
+        theirs = key.removeprefix(vit).replace("positions", "pos_embed")
+        if name.startswith("rf"):
+            theirs = theirs.replace("embedding.", "embeddings.").replace("gamma", "lambda1")
+        rule = ("gamma", "pos_embed", "bias", "norm", "embeddings")
+        expected = key.startswith(vit) and any(part in theirs for part in rule)
+        assert any(part in key for part in optim.undecayed) == expected, key
+
+
+def test_rfdetr_averages_as_published() -> None:
+    optim = find_recipe("rfdetr-nano").optim
+    assert (optim.ema, optim.ema_ramp) == (0.993, 100)
+
+
 @pytest.mark.parametrize("name", GFLOPS)
 def test_gflops(name: str) -> None:
     detector, size = built(name).detector.fused(), find_recipe(name).data.size
