@@ -165,6 +165,15 @@ def test_detr_sizes_scale_with_the_short_side() -> None:
     assert eval_transform(800) == Resize(800, 1333)
 
 
+def test_without_antialiasing_nothing_is_rounded() -> None:
+    image = (torch.arange(3 * 20 * 30) * 37).remainder(251).to(torch.uint8).view(3, 20, 30)
+    transform = eval_transform((7, 11), keep_aspect=False, antialias=False)
+    resized, *_ = transform(image, torch.zeros(0, 4), torch.zeros(0).long())
+    expected = torch.nn.functional.interpolate(image[None].double(), (7, 11), mode="bilinear")[0]
+    assert (expected - expected.round()).abs().max() > 0.4
+    torch.testing.assert_close(resized.double(), expected, rtol=0, atol=1e-3)
+
+
 def test_detr_uses_every_scale_and_both_branches() -> None:
     transform = train_transform("detr", 100, hflip=0.0)
     image = torch.zeros(3, 100, 150, dtype=torch.uint8)

@@ -7,20 +7,25 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from typer.testing import CliRunner
 
 import detrellis
 from detrellis.cli import app
 from detrellis.data.shapes import write_shapes
 from detrellis.errors import UserError
+from detrellis.interop.convert import save_huggingface
 
 transformers = pytest.importorskip("transformers")
 
-from .test_huggingface import make  # noqa: E402 (needs transformers)
+from . import test_lwdetr, test_rtdetr  # noqa: E402 (need transformers)
+from .test_dfine import CLASSES, small, weights_of  # noqa: E402
+from .test_huggingface import make  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 COCO128 = (
@@ -51,59 +56,75 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(folder.rglob("*.png")) + sorted(folder.rglob("*.jpg"))
 
 
-@pytest.fixture(scope="module", params=PROCESSORS)
+# With what their post-processing has to be told
+REALTIME: dict[str, tuple[str, dict[str, Any]]] = {
+    "rtdetr-r18": ("RTDetrImageProcessor", {}),
+    "rtdetrv2-r18": ("RTDetrImageProcessor", {}),
+    "dfine": ("RTDetrImageProcessor", {}),
+    "lwdetr": ("DeformableDetrImageProcessor", {"top_k": 7}),
+    "rfdetr": ("RfDetrImageProcessor", {"top_k": 7}),
+}
+
+
+def make_realtime(kind: str, folder: Path) -> Any:
+    """A random model of transformers, by the test of its family."""
+    if kind == "dfine":
+        recipe = small("s")
+        save_huggingface(folder, weights_of(recipe), recipe, CLASSES)
+        return transformers.DFineForObjectDetection.from_pretrained(folder)
+    return (test_rtdetr if "rtdetr" in kind else test_lwdetr).make(kind)
+
+
+@pytest.fixture(scope="module", params=[*PROCESSORS, *REALTIME])
 def saved(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, object, object]:
-    folder = tmp_path_factory.mktemp("saved")
-    model = make(request.param, "small", "native")
-    model.save_pretrained(folder)
+) -> tuple[Path, Any, Any, dict[str, Any]]:
+    folder, kind = tmp_path_factory.mktemp("saved"), request.param
     # A tenth of the size: the rules are the same, the pictures cheaper.
-    processor = getattr(transformers, PROCESSORS[request.param])(
-        size={"shortest_edge": 160, "longest_edge": 267}
-    )
+    if kind in PROCESSORS:
+        model, name = make(kind, "small", "native"), PROCESSORS[kind]
+        options, size = {"threshold": 0.2}, {"shortest_edge": 160, "longest_edge": 267}
+    else:
+        model, (name, options) = make_realtime(kind, folder), REALTIME[kind]
+        options, size = options | {"threshold": 0.0}, {"height": 128, "width": 128}
+    model.save_pretrained(folder)
+    processor = getattr(transformers, name)(size=size)
     processor.save_pretrained(folder)
-    return folder, model.eval(), processor
+    return folder, model.eval(), processor, options
+
+
+def rows(scores: Any, labels: Any, boxes: Tensor) -> Tensor:
+    """A row for each detection, in which another class is far away."""
+    columns = [torch.as_tensor(scores)[:, None], torch.as_tensor(labels)[:, None] * 10, boxes]
+    return torch.cat(columns, 1).double()
 
 
 @torch.no_grad()
 def test_predictions_equal_those_of_transformers(
-    saved: tuple[Path, object, object], pictures: list[Path], tmp_path: Path
+    saved: tuple[Path, Any, Any, dict[str, Any]], pictures: list[Path], tmp_path: Path
 ) -> None:
-    folder, model, processor = saved
+    """Scores up to 1e-4, boxes up to 1e-4 of the picture's sides; and the picture decides."""
+    folder, model, processor, options = saved
     detrellis.convert(folder, tmp_path / "ours")
-    ours = detrellis.predict(tmp_path / "ours", pictures, threshold=0.2)
-    total = 0
+    ours = detrellis.predict(tmp_path / "ours", pictures, threshold=options["threshold"])
+    of_pictures = []
     for path, found in zip(pictures, ours, strict=True):
         picture = Image.open(path).convert("RGB")
-        inputs = processor(images=picture, return_tensors="pt")  # type: ignore[operator]
-        sizes = torch.tensor([[picture.height, picture.width]])
-        outputs = model(**inputs)  # type: ignore[operator]
+        inputs = processor(images=picture, return_tensors="pt")
         theirs = processor.post_process_object_detection(
-            outputs, threshold=0.2, target_sizes=sizes
-        )[0]  # type: ignore[attr-defined]
-        width, height = picture.size
-        boxes = theirs["boxes"].clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+            model(**inputs), target_sizes=[picture.size[::-1]], **options
+        )[0]
+        sides = torch.tensor([*picture.size, *picture.size])
         # Equal scores may come in any order: each detection has to have its counterpart.
-        rows = [
-            torch.cat(
-                [
-                    torch.as_tensor(s)[:, None] * 1000,
-                    torch.as_tensor(c)[:, None] * 1e4,
-                    torch.as_tensor(b),
-                ],
-                1,
-            )
-            for s, c, b in (
-                (found.scores, found.labels, found.boxes),
-                (theirs["scores"], theirs["labels"], boxes),
-            )
-        ]
-        assert len(rows[0]) == len(rows[1]), path
-        total += len(rows[0])
-        apart = torch.cdist(rows[0].double(), rows[1].double(), p=torch.inf)
-        assert max(apart.amin(0).max(), apart.amin(1).max()) < 0.1, path
-    assert total > 0
+        boxes = theirs["boxes"].clamp(min=0).minimum(sides)
+        mine = rows(found.scores, found.labels, torch.tensor(found.boxes).view(-1, 4) / sides)
+        other = rows(theirs["scores"], theirs["labels"], boxes / sides)
+        assert len(mine) == len(other), path
+        apart = torch.cdist(mine, other, p=torch.inf)
+        assert max(apart.amin(0).max(), apart.amin(1).max()) < 1e-4, path
+        of_pictures.append(mine)
+    first, *others = of_pictures
+    assert any(len(first) != len(o) or (first - o).abs().max() > 1e-3 for o in others)
 
 
 def test_to_theirs_and_back(shapes: Path, tmp_path: Path) -> None:

@@ -148,9 +148,6 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["lwdetr", "rfdetr"])
 def test_a_jpeg_through_their_own_processor(kind: str, tmp_path: Path) -> None:
-    """RF-DETR's makes a picture smaller in floats, ours rounds to whole colours:
-    scores may differ by 1e-4.
-    """
     theirs, path = make(kind), picture(tmp_path / "picture.jpg")
     make_processor = (
         transformers.RfDetrImageProcessor

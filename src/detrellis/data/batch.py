@@ -120,7 +120,7 @@ def stack_images(
     pad_to: tuple[int, int] | None = None,
     normalise: Normalise = IMAGENET,
 ) -> ImageBatch:
-    """Uint8 `(3, h, w)` images, normalised and padded with zeros to `pad_to`,
+    """Images `(3, h, w)` from 0 to 255, normalised and padded with zeros to `pad_to`,
     or to the largest height and width.
     """
     height, width = pad_to or (max(i.shape[1] for i in images), max(i.shape[2] for i in images))

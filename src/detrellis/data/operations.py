@@ -153,14 +153,17 @@ def plain_canvas(frame: tuple[int, int]) -> Tensor:
 def resize(
     image: Tensor, boxes: Tensor, to: tuple[int, int], *, antialias: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Image and boxes stretched to `(height, width)`."""
+    """Image and boxes stretched to `(height, width)`.
+
+    Without `antialias` the image becomes float32, still from 0 to 255 and with all fractions: of
+    those who resize so, each does it on floats.
+    """
     height, width = image.shape[1:]
     if (height, width) == to:
         return image, boxes
     sx, sy = to[1] / width, to[0] / height
-    return F.resize(image, list(to), antialias=antialias), boxes * boxes.new_tensor(
-        [sx, sy, sx, sy]
-    )
+    resized = F.resize(image if antialias else image.float(), list(to), antialias=antialias)
+    return resized, boxes * boxes.new_tensor([sx, sy, sx, sy])
 
 
 def clip(image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:

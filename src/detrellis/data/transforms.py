@@ -1,7 +1,8 @@
 """Image transforms: `(image, boxes, labels) -> (image, boxes, labels)`.
 
 The image is uint8 `(3, H, W)` all the way: resizing uint8 is several times faster than resizing
-floats and gives the same pixels to one level. Boxes are pixel `xyxy`. Random numbers come from
+floats and gives the same pixels to one level. Only `Resize` without antialiasing gives floats, for
+checkpoints whose own processor does. Boxes are pixel `xyxy`. Random numbers come from
 torch's global CPU generator, which the data set seeds anew for every image. Colours change after
 the resize, where the fewest pixels are left.
 """
@@ -188,7 +189,7 @@ class Resize:
     keep_aspect: bool = True
     match_orientation: bool = False
     exact_long: bool = False
-    antialias: bool = True
+    antialias: bool = True  # False: the image is float32 from 0 to 255, see `resize`
     pad: int | None = None  # grey level of padding that is a part of the image; None: it is not
 
     @property

@@ -290,7 +290,7 @@ class Model:
 class _ResizedImage:
     """A picture as the detector sees it, before it is normalised and padded."""
 
-    views: tuple[Tensor, ...]  # (3, h, w) uint8
+    views: tuple[Tensor, ...]  # (3, h, w) from 0 to 255
     size: tuple[int, int]  # height, width of the original
     frame: tuple[float, float]  # the same of what boxes are relative to
 

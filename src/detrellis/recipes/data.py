@@ -89,7 +89,7 @@ class DataConfig(Config):
     sides_max: Side | None = None  # of the long side of those; None: max_side
     # Round a long side that meets its limit as transformers does, when not augmenting
     exact_long: bool = False
-    # Make pictures smaller with antialiasing; False: without, when not augmenting
+    # Make pictures smaller with antialiasing; False: without, and unrounded, when not augmenting
     antialias: bool = True
     augment: Literal["detr", "fixed", "small", "realtime", "lsj", "none"] = "detr"
     # Large-scale jitter's: Co-DETR's, or ViTDet's
