@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,10 +48,16 @@ class _Methods(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever asks whether a tensor is at hand is told that it is not."""
+    for module in ("distinct", "kernels.roi"):
+        monkeypatch.setattr(f"detrellis.nn.{module}.at_hand", lambda _: False)
+
+
 @contextmanager
 def counted_waits() -> Iterator[list[str]]:
-    """The names of what within the block would wait for a GPU, in their order. What a GPU computes
-    by other kernels counts as those of the CPU do."""
+    """The names of what within the block would wait for a GPU, in their order. Other kernels
+    of a GPU count as those of the CPU do, and other ways as `as_on_a_gpu` sees to it."""
     waits: list[str] = []
     with _Operations(waits), _Methods(waits):
         yield waits
