@@ -88,6 +88,9 @@ def test_every_kind_of_wait_is_seen() -> None:
         x.repeat_interleave(x)
         x.tolist()
         x.cpu()
+        x.to("cpu")
+        torch.equal(x, x)
+        x.to(x.device)
         x.repeat_interleave(2)
         x[torch.tensor([0, 1])]
     assert waits == [
@@ -98,4 +101,6 @@ def test_every_kind_of_wait_is_seen() -> None:
         "repeat_interleave",
         "tolist",
         "cpu",
+        "to",
+        "equal",
     ]
