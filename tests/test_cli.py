@@ -4,6 +4,7 @@ help, errors, JSON, exit codes, and the whole path on a small data set.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import shlex
@@ -462,6 +463,7 @@ def begin(verb: Callable[[], None], code: int, monkeypatch: pytest.MonkeyPatch) 
         (KeyboardInterrupt(), 130, []),  # of training, which has said where it is
         (MemoryError(), 1, ["error out of memory", "--auto-batch"]),
         (OSError(28, "No space left on device"), 2, ["error No space left on device", "Make room"]),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, ["Disk quota exceeded", "Make room"]),
         (
             PermissionError(13, "Permission denied", "a [red] file"),
             2,

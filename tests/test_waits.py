@@ -1,33 +1,44 @@
-"""A step's host waits for its device once, for the costs of matching; Co-DETR's heads, whose
-positives are as many as the boxes say, wait more often. `train` adds one wait, for the loss."""
+"""A step's host reads from its device once, the costs of matching; Co-DETR's heads, whose positives
+are as many as the boxes say, read more often."""
 
 from __future__ import annotations
+
+from typing import get_args
 
 import pytest
 import torch
 
 from detrellis.engine.optim import build_optimizer
 from detrellis.recipes.build import build
+from detrellis.schemes.config import BranchName, SchemesConfig
 
-from .small import images, small, targets, with_bitmaps
-from .waits import counted_waits
+from .small import NAMES, distinct, images, small, targets, with_bitmaps
+from .waits import as_on_a_gpu, counted_waits
 
-ONCE = (
+RECIPES = {name: small(name) for name in NAMES}
+KINDS = [name for name in distinct(RECIPES) if RECIPES[name].schemes.co is None]
+# What no recipe has, or not together
+STACKS = (
     ("tiny", "none"),
     ("tiny", "align=2", "group=3", "cdn"),
     ("tiny", "hybrid=2", "stable"),
-    ("dn_detr_r50",),
+    ("tiny", "federated", "dense", "cdn"),
     ("conditional_detr_r50", "group=3"),
-    ("rtdetr_r18",),
-    ("dfine_s",),
-    ("mask2former_r50",),
 )
 MOST = {
-    "co=atss": 4,
-    "co=fcos": 4,
-    "co=paa": 21,
-    "co=rcnn": 14,
+    "atss": 4,
+    "fcos": 4,
+    "gfl": 4,
+    "retinanet": 4,
+    "paa": 21,
+    "rcnn": 11,
+    "rcnn+atss": 14,
 }  # two images; PAA's include its host's
+
+
+@pytest.fixture(autouse=True)
+def _device(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_gpu(monkeypatch)
 
 
 def waits_of(name: str, *schemes: str) -> list[str]:
@@ -48,14 +59,22 @@ def waits_of(name: str, *schemes: str) -> list[str]:
     return waits
 
 
-@pytest.mark.parametrize("case", ONCE, ids=" ".join)
+@pytest.mark.parametrize("case", [*((name,) for name in KINDS), *STACKS], ids=" ".join)
 def test_one_wait_a_step(case: tuple[str, ...]) -> None:
     assert waits_of(*case) == ["cpu"]
 
 
-@pytest.mark.parametrize("scheme", MOST)
-def test_co_waits_no_more_than_it_did(scheme: str) -> None:
-    assert 1 < len(waits_of("tiny", scheme)) <= MOST[scheme]
+@pytest.mark.parametrize("branches", MOST)
+def test_co_waits_no_more_than_it_did(branches: str) -> None:
+    assert 1 < len(waits_of("tiny", f"co={branches}")) <= MOST[branches]
+
+
+def test_every_scheme_and_head_is_among_them() -> None:
+    trained = [*(RECIPES[name] for name in KINDS), *(small(*case[:1], case[1:]) for case in STACKS)]
+    seen = {name for recipe in trained for name, scheme in recipe.schemes if scheme is not None}
+    assert seen | {"co"} == set(SchemesConfig.model_fields)
+    branches = {recipe.schemes.co.branches for recipe in RECIPES.values() if recipe.schemes.co}
+    assert {"+".join(each) for each in branches} | set(get_args(BranchName)) - {"mask"} <= set(MOST)
 
 
 def test_every_kind_of_wait_is_seen() -> None:
@@ -69,6 +88,9 @@ def test_every_kind_of_wait_is_seen() -> None:
         x.repeat_interleave(x)
         x.tolist()
         x.cpu()
+        x.to("cpu")
+        torch.equal(x, x)
+        x.to(x.device)
         x.repeat_interleave(2)
         x[torch.tensor([0, 1])]
     assert waits == [
@@ -79,4 +101,6 @@ def test_every_kind_of_wait_is_seen() -> None:
         "repeat_interleave",
         "tolist",
         "cpu",
+        "to",
+        "equal",
     ]

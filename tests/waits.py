@@ -6,13 +6,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-COPIES = ("cpu", "tolist")  # methods that read a tensor; on a CPU they dispatch nothing
+# Methods that read a tensor; on a CPU they dispatch nothing. Not `numpy`, which of a GPU's tensor is
+# an error and no wait.
+COPIES = ("cpu", "tolist")
 # Operations that read a number, or whose results have as many rows as the values say
-READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "nms")
+READS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_consecutive",
+    "nms",
+    "equal",
+)
 INDEXED = ("index", "index_put", "index_put_")
 
 
@@ -42,15 +53,24 @@ class _Methods(TorchFunctionMode):
         self, func: Callable[..., object], types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         name = getattr(func, "__name__", "")
-        if name in COPIES:
+        kwargs = kwargs or {}
+        # By name: the device of another tensor, which here is the CPU too, is no copy to the host
+        named = any(isinstance(x, str) and x == "cpu" for x in (*args[1:], *kwargs.values()))
+        if name in COPIES or (name == "to" and named):
             self.waits.append(name)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever asks whether a tensor is at hand is told that it is not."""
+    for module in ("distinct", "kernels.roi"):
+        monkeypatch.setattr(f"detrellis.nn.{module}.at_hand", lambda _: False)
 
 
 @contextmanager
 def counted_waits() -> Iterator[list[str]]:
-    """The names of what within the block would wait for a GPU, in their order. What a GPU computes
-    by other kernels counts as those of the CPU do."""
+    """The names of what within the block would wait for a GPU, in their order. Other kernels
+    of a GPU count as those of the CPU do, and other ways as `as_on_a_gpu` sees to it."""
     waits: list[str] = []
     with _Operations(waits), _Methods(waits):
         yield waits

@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from detrellis.errors import UserError
 from detrellis.nn.backbone import Backbone
 from detrellis.nn.decoder import Decoder
 from detrellis.nn.fusion import fuse
@@ -38,10 +39,11 @@ class Detector(nn.Module):
     more queries. Its `state_dict` is therefore the same whatever the detector was trained with.
     With `masks` the backbone gives one map more, the finest, which is the branch's alone.
     `size_divisor`: images are padded to multiples of it; 1 where there are masks, which are of the
-    images as they are. `mixed`: whether `evaluating` computes products in bfloat16.
+    images as they are. `mixed`: whether `evaluating` computes products in bfloat16; `is_fused`:
+    whether this is what `fused` gave.
     """
 
-    mixed = False
+    mixed, is_fused = False, False
 
     def __init__(
         self,
@@ -106,7 +108,18 @@ class Detector(nn.Module):
         pixels = next(copied.parameters()).new_zeros(1, 3, SIDE, SIDE)
         with torch.no_grad():
             fuse(copied, lambda: copied.encode(ImageBatch(pixels)))
+        copied.is_fused = True
         return copied
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module; `UserError` for what `fused` gave, which without its norms would be
+        trained as another network."""
+        if mode and self.is_fused:
+            raise UserError(
+                "a fused detector cannot be trained: its norms are part of its convolutions",
+                "Train the one that it is a copy of, and fuse it afterwards.",
+            )
+        return super().train(mode)
 
     @torch.no_grad()
     def detect(self, images: ImageBatch, sizes: Tensor) -> list[Detections]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
@@ -170,11 +170,16 @@ def reduce_max(value: int, device: torch.device) -> int:
     """The largest of all processes' values, each of which must call it;
     the value itself where there is one.
     """
+    return reduce_maxima([value], device)[0]
+
+
+def reduce_maxima(values: Sequence[int], device: torch.device) -> list[int]:
+    """As `reduce_max`, of several values at once: the host waits for the device once."""
     if not dist.is_initialized():
-        return value
-    values = torch.tensor(value, device=device)
-    dist.all_reduce(values, dist.ReduceOp.MAX)
-    return int(values.item())
+        return list(values)
+    largest = torch.tensor(values, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return [int(value) for value in largest.tolist()]
 
 
 def all_gather(value: T) -> list[T]:

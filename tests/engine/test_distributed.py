@@ -27,6 +27,7 @@ from detrellis.distributed import (
     pick_device,
     process_group,
     reduce_max,
+    reduce_maxima,
     reduce_mean,
 )
 from detrellis.errors import UserError
@@ -94,6 +95,7 @@ def steps(rank: int, size: int, port: int, name: str, out: str) -> None:
         assert all_gather(rank) == [0, 1]
         assert reduce_mean(torch.tensor(float(rank))).item() == 0.5
         assert reduce_max(rank, own.device) == 1
+        assert reduce_maxima([rank, 2 - rank, -rank], own.device) == [1, 2, 0]
         recipes = [small(name, stack) for stack in stacks(name)]
         if name == "tiny":  # parameters without gradients are none that a process waits for
             recipes += [

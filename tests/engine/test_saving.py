@@ -285,12 +285,14 @@ def test_a_step_that_breaks_off_is_not_saved(
     assert load_run(tmp_path / "run")[0]["step"] == 0
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_leaves_the_last_checkpoint(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
+    """Or a quota that is used up."""
     save, calls = torch.save, []
     errors = [
-        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(number, os.strerror(number)),
         RuntimeError("unexpected pos 64 vs 0\nmore"),
     ]
 
@@ -302,7 +304,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         save(*args)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match=r"cannot be saved .No space left on device") as error:
+    with pytest.raises(UserError, match=f"cannot be saved .{os.strerror(number)}") as error:
         run(shapes, tmp_path / "run")
     assert "The run is saved up to step 0" in error.value.remedy
     assert not list((tmp_path / "run").glob(".*.partial"))

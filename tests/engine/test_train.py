@@ -33,6 +33,7 @@ from detrellis.training import StepOutput, TrainableDetector
 from detrellis.types import Detections
 
 from ..small import SMALL, images, targets
+from ..waits import as_on_a_gpu, counted_waits
 
 SETTINGS = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"]
 
@@ -296,3 +297,41 @@ def test_schemes_are_told_the_classes_and_how_far_the_run_is(
     assert images == [[len(of_class) for of_class in having]]
     assert run.steps > 6  # of eleven images, each once an epoch
     assert done == [step / run.steps for step in range(run.steps)]
+
+
+@pytest.mark.parametrize("processes", [0, 1], ids=["alone", "in a group"])
+def test_what_a_step_waits_for(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """For the costs of matching, and for the loss before it gets into the weights; beside other
+    processes once more, for whether any was told to stop or has a save due. Records, and looks at
+    what is learned, are rarer: at step 1, 10, 20."""
+    waits: list[list[str]] = []
+
+    def counted(name: str) -> None:
+        own = getattr(train.TrainRun, name)
+
+        def call(self: train.TrainRun, *args: Any) -> None:
+            with counted_waits() as during:
+                own(self, *args)
+            waits.append(during)
+
+        monkeypatch.setattr(train.TrainRun, name, call)
+
+    for name in ("train_step", "stop_or_save"):
+        counted(name)
+    as_on_a_gpu(monkeypatch)
+    if processes:
+        store = f"file://{tmp_path / 'store'}"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        detrellis.train(
+            "small", data=shapes, out=tmp_path / "run", override=SETTINGS, epochs=2, workers=0
+        )
+    finally:
+        if processes:
+            torch.distributed.destroy_process_group()
+    steps, between = waits[::2], waits[1::2]
+    assert len(steps) == 6
+    assert steps[1:] == [["cpu", "_local_scalar_dense"]] * 5
+    assert between == [["tolist"] if processes else []] * 6

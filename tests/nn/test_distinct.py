@@ -9,13 +9,14 @@ from torch import Tensor
 from detrellis.boxes import cxcywh_to_xyxy, pairwise_iou
 from detrellis.engine.measure import measure
 from detrellis.errors import UserError
-from detrellis.nn.distinct import POOL, overlapping
+from detrellis.nn.distinct import POOL, ROUNDS, overlapping
 from detrellis.nn.proposals import ProposalHead
 from detrellis.recipes import find_recipe
 from detrellis.recipes.build import build
 from detrellis.types import ImageBatch, Memory, Proposals
 
 from ..small import CLASSES, images, small, targets
+from ..waits import as_on_a_gpu
 
 ON = "detector.queries.distinct=0.5"
 TWO_STAGE = ("tiny", "deformable_detr_r50_two_stage", "deformable_detr_r50_two_stage_plus")
@@ -39,6 +40,14 @@ def clusters(images: int, count: int, seed: int = 0) -> Tensor:
     return objects.gather(1, which) + 0.03 * torch.rand(images, count, 4, generator=generator)
 
 
+@pytest.fixture(params=["at hand", "as on a GPU"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where boxes are read at once, and where they are not."""
+    if request.param == "as on a GPU":
+        as_on_a_gpu(monkeypatch)
+
+
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("count", [1, 40, 400])  # torchvision takes other ways for many boxes
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.8])
 def test_as_greedy_nms_of_each_image(count: int, threshold: float) -> None:
@@ -51,6 +60,34 @@ def test_as_greedy_nms_of_each_image(count: int, threshold: float) -> None:
     assert count == 1 or found.any()
 
 
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("seed", range(3))
+def test_of_a_pool_and_of_chains(seed: int) -> None:
+    """Each box of a chain overlaps the next and no other: every second one stays. Of as many as are
+    promised, best first, and of hundreds in any order, where few are behind many."""
+    chain = torch.tensor([[0.0, 0.5, 0.4, 0.4]]).repeat(400, 1)
+    chain[:, 0] = 0.1 * torch.arange(400)  # IoU of neighbours 0.6, and 1/3 of the next but one
+    assert overlapping(chain[None, : ROUNDS + 1], 0.5)[0].tolist() == [
+        bool(i % 2) for i in range(ROUNDS + 1)
+    ]
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(seed))
+    pool = torch.cat([chain[order], clusters(1, 400, seed)[0]])
+    assert overlapping(pool[None], 0.5)[0].tolist() == naive(pool, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_half_precision_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Nor that the boxes have it, whose corners would be rounded to others."""
+    boxes = clusters(2, 300).to(dtype)
+    expected = overlapping(boxes, 0.5)
+    as_on_a_gpu(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(overlapping(boxes, 0.5), expected)
+
+
+@pytest.mark.usefixtures("device")
 def test_an_iou_of_the_threshold_stays_and_nothing_needs_boxes() -> None:
     halves = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.25]]])  # IoU 0.5
     assert overlapping(halves, 0.5).tolist() == [[False, False]]

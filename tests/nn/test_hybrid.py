@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from detrellis.errors import UserError
 from detrellis.nn.fusion import ConvNorm, RepConvolution, fuse
 from detrellis.nn.hybrid import GridSine, HybridNeck, csp_parts
 from detrellis.recipes.build import build
@@ -112,6 +113,10 @@ def test_a_detector_fuses_for_inference(name: str) -> None:
     assert not any(p.requires_grad for p in fused.parameters())
     assert len(fused.state_dict()) < len(detector.state_dict())
     assert any("BatchNorm" in type(part).__name__ for part in detector.modules())
+    with pytest.raises(UserError, match="a fused detector cannot be trained"):
+        fused.train()
+    assert detector.train().training
+    assert not fused.eval().training
 
 
 def test_frozen_norms_fuse_as_well() -> None:

@@ -25,7 +25,7 @@ from detrellis.data.batch import Batch
 from detrellis.data.loader import Loader
 from detrellis.data.masks import run_lengths
 from detrellis.data.sampler import BatchSampler
-from detrellis.distributed import World, parallel, reduce_max, same_statistics
+from detrellis.distributed import World, parallel, reduce_maxima, same_statistics
 from detrellis.engine.batches import (
     batch_per_process,
     padded_fraction,
@@ -263,13 +263,17 @@ class TrainRun:
     def stop_or_save(self, caught: list[int]) -> None:
         """Between two steps: stop where a signal came to any process, all after the same step, or
         the others would wait for ever; save now and then, so that a long epoch is not lost."""
-        self.stopped = self.received_signal(caught)
-        if reduce_max(int(self.saves.are_due()), self.world.device):
+        self.stopped, due = self._of_any_process(caught, due=self.saves.are_due())
+        if due:
             self.saves.save()
 
     def received_signal(self, caught: list[int]) -> int:
         """The number of a signal that came to any process, else 0."""
-        return reduce_max(caught[0] if caught else 0, self.world.device)
+        return self._of_any_process(caught, due=False)[0]
+
+    def _of_any_process(self, caught: list[int], *, due: bool) -> list[int]:
+        """The number of a signal that came to any process, and whether a save is `due` in any."""
+        return reduce_maxima([caught[0] if caught else 0, int(due)], self.world.device)
 
     def end_epoch(self) -> None:
         """Evaluate, save the best weights and those of the epoch where the recipe keeps them,

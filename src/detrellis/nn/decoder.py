@@ -11,6 +11,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
+from detrellis.nn.constants import kept
 from detrellis.nn.distinct import keep_distinct, withhold
 from detrellis.nn.distribution import Gateway
 from detrellis.nn.heads import Heads, SegmentHeads, joined
@@ -88,12 +89,7 @@ class DecoderLayer(nn.Module):
                 x + self.dropout(self.self_attention(x, position, segments))
             )
             return mixed
-        rows = (
-            torch.cat([torch.full((s.size,), s.attends) for s in segments])
-            .nonzero()
-            .flatten()
-            .to(x.device)
-        )
+        rows = _attending(tuple((s.size, s.attends) for s in segments), x.device)
         attending = [segment for segment in segments if segment.attends]
         return x.index_copy(
             1, rows, self.mix(x[:, rows], position.expand_as(x)[:, rows], attending)
@@ -108,6 +104,13 @@ class DecoderLayer(nn.Module):
         elif self.norm_cross is not None:
             out = self.norm_cross(out)
         return out
+
+
+@kept(16)
+def _attending(segments: tuple[tuple[int, bool], ...], device: torch.device) -> Tensor:
+    """The places of the queries that have self-attention, of segments of these sizes."""
+    each = torch.cat([torch.full((size,), attends) for size, attends in segments])
+    return each.nonzero().flatten().to(device)
 
 
 class CrossFirstLayer(DecoderLayer):

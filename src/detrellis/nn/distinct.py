@@ -24,10 +24,10 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from detrellis.boxes import cxcywh_to_xyxy, pairwise_iou
-from detrellis.nn.order import best_first, exporting
+from detrellis.nn.order import at_hand, best_first, exporting
 from detrellis.types import Segment
 
-ROUNDS = 24  # of NMS in an exported graph; more than such chains of boxes are long
+ROUNDS = 24  # of NMS where its result is not read; more than such chains of boxes are long
 POOL = 4  # proposals for each query to choose from
 NEVER = -50.0  # a class logit that ranks a query behind all others, and as a negative costs nothing
 
@@ -39,8 +39,8 @@ def overlapping(boxes: Tensor, threshold: float) -> Tensor:
     images, count = boxes.shape[:2]
     if boxes.is_meta:
         return boxes.new_zeros(images, count, dtype=torch.bool)
-    if exporting():
-        return _overlapping_in_rounds(boxes, threshold)
+    if not at_hand(boxes):
+        return _overlapping_in_rounds(boxes.detach(), threshold)
     # Images lie side by side in one plane, for one NMS; in float64, where that rounds no box.
     corners = cxcywh_to_xyxy(boxes.detach().double()).flatten(0, 1)
     image = torch.arange(images, device=boxes.device).repeat_interleave(count)
@@ -50,17 +50,24 @@ def overlapping(boxes: Tensor, threshold: float) -> Tensor:
 
 
 def _overlapping_in_rounds(boxes: Tensor, threshold: float) -> Tensor:
-    """As `overlapping`, in operations whose shapes do not depend on the boxes.
+    """As `overlapping`, in operations whose shapes do not depend on the boxes: for graphs, and for
+    GPUs, whose NMS the host would wait for.
 
     Each round drops what overlaps a better one that the round before keeps. After n rounds it is
     right for all boxes that are not at the end of a chain of more than n, each of which overlaps
     the next.
     """
-    corners = cxcywh_to_xyxy(boxes)
-    overlaps = (pairwise_iou(corners, corners) > threshold).to(boxes.dtype).triu(1)
-    kept = boxes.new_ones(*boxes.shape[:-1])
+    corners = cxcywh_to_xyxy(boxes.to(torch.promote_types(boxes.dtype, torch.float32)))
+    # Image by image, since the IoU of all pairs takes several times the memory of what is left of
+    # it; a graph may not know how many images there are.
+    images = [corners] if exporting() else corners.split(1)
+    overlaps = torch.cat(
+        [(pairwise_iou(image, image) > threshold).to(corners.dtype).triu(1) for image in images]
+    )
+    kept = corners.new_ones(*boxes.shape[:-1])
     for _ in range(ROUNDS):
-        kept = ((kept.unsqueeze(1) @ overlaps).squeeze(1) == 0).to(boxes.dtype)
+        # A sum of ones is 0 in every precision only where there is none
+        kept = ((kept.unsqueeze(1) @ overlaps).squeeze(1) == 0).to(corners.dtype)
     return kept == 0
 
 

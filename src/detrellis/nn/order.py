@@ -11,6 +11,12 @@ def exporting() -> bool:
     return torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
 
 
+def at_hand(x: Tensor) -> bool:
+    """Whether the host reads the numbers of `x` without a wait: not those of a GPU, which may have
+    to compute them first, nor those of an exported graph, where there are none."""
+    return x.device.type == "cpu" and not exporting()
+
+
 def best_first(scores: Tensor) -> Tensor:
     """The places `(B, N)` of `scores (B, N)`, the highest first, those of equal ones in their order.
 

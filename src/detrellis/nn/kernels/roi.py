@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision import ops
 
 from detrellis.nn.kernels import roi_cpu
-from detrellis.nn.order import exporting
+from detrellis.nn.order import at_hand
 
 
 def roi_align(
@@ -33,7 +33,7 @@ def roi_align(
     maps, boxes = [m.to(precise) for m in maps], boxes.detach().to(precise).nan_to_num()
     if boxes.is_meta:
         return maps[0].new_empty(len(boxes), cells, cells, maps[0].shape[1])
-    read = roi_cpu.align if boxes.device.type == "cpu" and not exporting() else by_torchvision
+    read = roi_cpu.align if at_hand(boxes) else by_torchvision
     return read(maps, strides, boxes, image, level, cells)
 
 
