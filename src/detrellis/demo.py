@@ -81,7 +81,8 @@ def run_demo(
     console.heading("done")
     console.say("Open ", (str(picture), "bold"), ": ground truth above, predictions below.")
     console.say(
-        "Next, on your own data: ", (command("train", "small", "--data", "YOUR_FOLDER"), "bold")
+        "Next, on your own data: ",
+        (command("train", "small", "--data", "YOUR_FOLDER", "--epochs", "auto"), "bold"),
     )
     return result
 
