@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
 import detrellis
+from detrellis.cli import app
 from detrellis.errors import UserError
 from detrellis.interop.convert import save_huggingface
 from detrellis.interop.load import load_foreign
@@ -146,6 +148,38 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
         their_detections(back.eval(), again, path), (scores, labels, boxes), strict=True
     ):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)  # pixels, not fractions
+
+
+def test_a_run_from_a_checkpoint_of_theirs(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docs/fine-tuning.md says, of a folder instead of the hub: trained with a scheme that the
+    checkpoint was not, and predicted with."""
+    monkeypatch.setenv("DETRELLIS_MSDA", "eager")  # compiling would take longer than all the rest
+    make("rtdetr-r18").save_pretrained(tmp_path / "theirs")
+    processor = transformers.RTDetrImageProcessor(size={"height": 64, "width": 64})
+    processor.save_pretrained(tmp_path / "theirs")
+    source, out = str(tmp_path / "theirs"), str(tmp_path / "run")
+    told = ["--data", str(shapes), "--scheme", "align=1", "--epochs", "1", "--out", out]
+    command = ["train", "--weights", source, *told, "-o", "optim.batch_size=6"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    run = detrellis.load(out)
+    assert run.recipe.schemes.align is not None
+    assert run.recipe.data.size == (64, 64)
+    assert run.recipe.data.mean == (0, 0, 0)
+
+    loaded = load_foreign(tmp_path / "theirs").weights
+    trained = run.detector.state_dict()
+    assert trained.keys() == loaded.keys()
+    body = {key: value for key, value in loaded.items() if value.ndim > 1 and "class" not in key}
+    moved = [float((trained[k] - v).abs().max() / v.abs().max()) for k, v in body.items()]
+    assert 0 < max(moved) < 0.5  # it started from there, and learned
+
+    pictures = sorted(shapes.rglob("*.jpg"))[:2] or sorted(shapes.rglob("*.png"))[:2]
+    found = run.predict(pictures, threshold=0.0)
+    assert [len(each.scores) for each in found] == [15, 15]
+    assert set(found[0].names) <= set(run.classes.names)
 
 
 def test_what_is_not_theirs_is_not_written(tmp_path: Path) -> None:
