@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "precision": {"errors"},
     "nn": {"types", "boxes", "precision", "errors"},
     "postprocess": {"types", "boxes", "masks", "rle"},
-    "detector": {"types", "nn", "postprocess"},
+    "detector": {"types", "errors", "nn", "postprocess"},
     "mask_points": {"types"},
     "matching": {"types", "boxes", "mask_points"},
     "losses": {"types", "boxes"},

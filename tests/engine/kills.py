@@ -21,10 +21,12 @@ from typing import Any
 import torch
 
 import detrellis
+from detrellis.distributed import TIMEOUT
 from detrellis.engine import checkpoint, evaluate, log
 from detrellis.engine.log import read_records
 from detrellis.errors import UserError
 
+from .test_distributed import environment, free_port
 from .test_resume import assert_same_run
 
 REFUSED = 2  # exit code
@@ -113,9 +115,10 @@ def go_on(
     moments.watch()
     try:
         if (out / "last.state.pt").exists():
-            detrellis.resume(out, workers=0)
+            detrellis.resume(out, workers=0, device="cpu")
         else:
-            detrellis.train("tiny", data=data, out=out, override=settings, epochs=epochs, workers=0)
+            run: dict[str, Any] = {"override": settings, "epochs": epochs}
+            detrellis.train("tiny", data=data, out=out, workers=0, device="cpu", **run)
         told.write_text(json.dumps(moments.names))
     except UserError as error:
         told.write_text(json.dumps([*moments.names, str(error)]))
@@ -133,6 +136,31 @@ def trained(at: int | None, told: Path, *run: Any) -> str | None:
     process.join(600)
     assert process.exitcode in (0, REFUSED, -signal.SIGKILL)
     return json.loads(told.read_text())[-1] if process.exitcode else None
+
+
+def trained_by_two(at: int | None, rank: int, told: Path, *run: Any) -> str | None:
+    """As `trained`, by two processes (gloo), of which that `rank` is killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.preload", __name__])
+    port, words = free_port(), [told.with_name(f"{told.name}.{i}") for i in range(2)]
+    processes = [
+        context.Process(target=_one_of_two, args=(i, port, at if i == rank else None, word, *run))
+        for i, word in enumerate(words)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(600)
+    ends = [process.exitcode for process in processes]
+    # The other ends with words, or has nothing left to do with the one that is killed
+    assert ends[1 - rank] in (0, REFUSED), ends
+    assert ends[rank] == -signal.SIGKILL or ends == [0, 0], (ends, words[rank].read_text())
+    return json.loads(words[rank].read_text())[-1] if ends[rank] else None
+
+
+def _one_of_two(rank: int, port: int, *arguments: Any) -> None:
+    os.environ |= environment(rank, 2, port) | {TIMEOUT: "300"}
+    go_on(*arguments)
 
 
 def assert_never_killed(one: Path, other: Path) -> None:

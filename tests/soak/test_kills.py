@@ -1,4 +1,4 @@
-"""A run that is killed 20 times ends with the same bits as one that is not."""
+"""A run that is killed 20 times ends with the same bits as one that is not, of one process or two."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from ..engine.kills import assert_never_killed, trained
+from ..engine.kills import assert_never_killed, trained, trained_by_two
 from ..engine.test_saving import SETTINGS
 
 KILLS, EPOCHS = 20, 10
@@ -31,6 +31,23 @@ def test_twenty_kills_at_random_moments(shapes: Path, tmp_path: Path) -> None:
     assert trained(None, told, shapes, out, SETTINGS, EPOCHS) is None
     print("killed:", dict(killed))
     assert len(killed) >= 6
+    assert_never_killed(whole, out)
+
+
+def test_twenty_kills_of_one_of_two_processes(shapes: Path, tmp_path: Path) -> None:
+    """The second writes nothing, and has a third of the first one's moments."""
+    told, whole, out = tmp_path / "told", tmp_path / "whole", tmp_path / "run"
+    assert trained_by_two(None, 0, told, shapes, whole, SETTINGS, EPOCHS) is None
+    draw, killed = random.Random(25), Counter[tuple[int, str]]()
+    while killed.total() < KILLS:
+        rank = draw.randint(0, 1)
+        at = draw.randint(1, (40, 12)[rank])
+        moment = trained_by_two(at, rank, told, shapes, out, SETTINGS, EPOCHS)
+        assert moment is not None, "the run came to its end"
+        killed[rank, moment] += 1
+        print(rank, at, moment, flush=True)
+    assert trained_by_two(None, 0, told, shapes, out, SETTINGS, EPOCHS) is None
+    assert len(killed) >= 8
     assert_never_killed(whole, out)
 
 
