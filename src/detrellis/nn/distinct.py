@@ -61,14 +61,18 @@ def _overlapping_in_rounds(boxes: Tensor, threshold: float) -> Tensor:
     # Image by image, since the IoU of all pairs takes several times the memory of what is left of
     # it; a graph may not know how many images there are.
     images = [corners] if exporting() else corners.split(1)
+    # Of zeros and ones, in the precision of products, which would convert them in each round
+    device = boxes.device.type
+    mixed = torch.is_autocast_enabled(device)
+    kind = torch.get_autocast_dtype(device) if mixed else corners.dtype
     overlaps = torch.cat(
-        [(pairwise_iou(image, image) > threshold).to(corners.dtype).triu(1) for image in images]
+        [(pairwise_iou(image, image) > threshold).to(kind).triu(1) for image in images]
     )
-    kept = corners.new_ones(*boxes.shape[:-1])
+    kept = overlaps.new_ones(boxes.shape[0], 1, boxes.shape[1])
     for _ in range(ROUNDS):
         # A sum of ones is 0 in every precision only where there is none
-        kept = ((kept.unsqueeze(1) @ overlaps).squeeze(1) == 0).to(corners.dtype)
-    return kept == 0
+        kept = (kept @ overlaps).lt_(0.5)
+    return kept.squeeze(1) == 0
 
 
 def keep_distinct(
