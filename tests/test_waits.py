@@ -90,6 +90,10 @@ def test_every_kind_of_wait_is_seen() -> None:
         x.cpu()
         x.to("cpu")
         torch.equal(x, x)
+        torch.tensor([1.0], device=x.device)
+        x.new_tensor([1.0])
+        torch.tensor([1.0]).to(x.device, non_blocking=True)
+        x.new_full((), 1.0)
         x.to(x.device)
         x.repeat_interleave(2)
         x[torch.tensor([0, 1])]
@@ -103,4 +107,6 @@ def test_every_kind_of_wait_is_seen() -> None:
         "cpu",
         "to",
         "equal",
+        "tensor",
+        "new_tensor",
     ]

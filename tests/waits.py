@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # Methods that read a tensor; on a CPU they dispatch nothing. Not `numpy`, which of a GPU's tensor is
 # an error and no wait.
 COPIES = ("cpu", "tolist")
+# What sends numbers to the device that is named, and waits until they are there
+SENDS = ("tensor", "as_tensor")
 # Operations that read a number, or whose results have as many rows as the values say
 READS = (
     "_local_scalar_dense",
@@ -56,7 +58,8 @@ class _Methods(TorchFunctionMode):
         kwargs = kwargs or {}
         # By name: the device of another tensor, which here is the CPU too, is no copy to the host
         named = any(isinstance(x, str) and x == "cpu" for x in (*args[1:], *kwargs.values()))
-        if name in COPIES or (name == "to" and named):
+        sent = name == "new_tensor" or (name in SENDS and kwargs.get("device") is not None)
+        if name in COPIES or (name == "to" and named) or sent:
             self.waits.append(name)
         return func(*args, **kwargs)
 

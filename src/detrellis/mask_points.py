@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from detrellis.types import Assignment, DecoderOutput, MaskFeatures, Targets
+from detrellis.types import Assignment, DecoderOutput, MaskFeatures, Targets, on_device
 
 # Masks of a layer and image that are held as whole maps at a time, where the maps are large
 PLACE = 64
@@ -106,7 +106,8 @@ def sample_bitmaps(bitmaps: Tensor, rows: Tensor, points: Tensor) -> Tensor:
     Reads four pixels a point instead of turning all bitmaps into floating point.
     """
     height, width = bitmaps.shape[1:]
-    x, y = (points * points.new_tensor([width, height]) - 0.5).unbind(-1)
+    size = on_device([width, height], points.device, points.dtype)
+    x, y = (points * size - 0.5).unbind(-1)
     left, top = x.floor(), y.floor()
     flat, start = bitmaps.flatten(), rows.unsqueeze(1) * (height * width)
     out = torch.zeros(len(rows), points.shape[1], dtype=points.dtype, device=points.device)

@@ -13,7 +13,7 @@ from detrellis.mask_points import Sampling, mask_iou, mask_terms
 from detrellis.matching import Assign, Hungarian, Known, Match, United, assign
 from detrellis.pairs import Pairs, Solved, pair_up, pair_up_all
 from detrellis.set_loss import ABSENT, LossRule, SetLoss
-from detrellis.types import Assignment, DecoderOutput, Targets
+from detrellis.types import Assignment, DecoderOutput, Targets, on_device
 
 # The classes whose losses count in a step, (C,) bool, of its targets.
 Columns = Callable[[Targets], Tensor]
@@ -145,9 +145,14 @@ def counted(
     united = [i for i, task in enumerate(tasks) if isinstance(task.match.assign, United)]
     if not united:
         return list(tasks)
+    normaliser = tasks[0].normaliser
     counts = [len(assignments[i].query) / tasks[i].match.shape[0] for i in united]
     pairs = dict(
-        zip(united, mean(tasks[0].normaliser.new_tensor(counts)).clamp(min=1), strict=True)
+        zip(
+            united,
+            mean(on_device(counts, normaliser.device, normaliser.dtype)).clamp(min=1),
+            strict=True,
+        )
     )
     return [
         replace(task, normaliser=pairs[i]) if i in pairs else task for i, task in enumerate(tasks)

@@ -16,7 +16,7 @@ from detrellis.mask_points import Points, Sampling, Seeded
 from detrellis.salience import TokenTargets, salience_loss
 from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
 from detrellis.supervision import Supervision, Task, counted, match, supervise, uniting
-from detrellis.types import DecoderOutput, ImageBatch, Targets
+from detrellis.types import DecoderOutput, ImageBatch, Targets, on_device
 
 ProposalTargets = Literal["objectness", "classes"]
 
@@ -159,15 +159,14 @@ class TrainableDetector(nn.Module):
 
 def mean_boxes(targets: Targets) -> Tensor:
     """Boxes of this step, averaged over all processes: `()`."""
-    return reduce_mean(targets.boxes.new_tensor(float(len(targets.labels))))
+    return reduce_mean(targets.boxes.new_full((), len(targets.labels)))
 
 
 def image_sizes(images: ImageBatch) -> Tensor:
     """Height and width of each image without padding, `(B, 2)` in pixels."""
     if images.padding is None:
-        return torch.tensor(images.pixels.shape[-2:], device=images.pixels.device).expand(
-            len(images.pixels), 2
-        )
+        size = on_device(images.pixels.shape[-2:], images.pixels.device)
+        return size.expand(len(images.pixels), 2)
     inside = ~images.padding
     return torch.stack([inside[:, :, 0].sum(1), inside[:, 0].sum(1)], dim=1)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,13 @@ Channels = tuple[float, float, float]  # red, green, blue
 # What backbones trained on ImageNet are usually given: `(x - mean) / std` of pixels from 0 to 1.
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+
+
+def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host as a tensor on the `device`; unlike with `torch.tensor(..., device=...)`,
+    the host does not wait until they are there.
+    """
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 class ImageBatch(NamedTuple):
@@ -71,7 +78,7 @@ class Targets(NamedTuple):
     @property
     def image(self) -> Tensor:
         """(T,) index of the image that owns each target."""
-        sizes = torch.tensor(self.sizes, device=self.labels.device)
+        sizes = on_device(self.sizes, self.labels.device)
         return torch.repeat_interleave(sizes, output_size=len(self.labels))
 
     @property

@@ -15,7 +15,7 @@ from detrellis.nn.kernels.deformable import ms_deform_attn
 from detrellis.nn.kernels.softmax import softmax
 from detrellis.nn.mlp import xavier_linear
 from detrellis.nn.pieces import in_pieces
-from detrellis.types import Memory, Spatial
+from detrellis.types import Memory, Spatial, on_device
 
 # About: its location, and the rows and weights of four cells
 VALUES_A_SAMPLE = 8
@@ -129,7 +129,7 @@ class DeformableAttention(nn.Module):
         centre, size = references.split(2, dim=-1)
         if self.even:
             return torch.addcmul(centre, offsets, size, value=self.offset_scale / self.points)
-        counts = torch.tensor(self.counts, dtype=offsets.dtype, device=offsets.device)
+        counts = on_device(self.counts, offsets.device, offsets.dtype)
         relative = offsets / counts[self.order, None, None]
         return torch.addcmul(centre, relative, size, value=self.offset_scale)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from detrellis.boxes import inverse_sigmoid, xyxy_to_cxcywh
 from detrellis.nn.mlp import MLP
 from detrellis.nn.neck import MapNorm
-from detrellis.types import ImageBatch, MaskFeatures, Memory
+from detrellis.types import ImageBatch, MaskFeatures, Memory, on_device
 
 MaskBox = Literal["mask2box", "bitmask"]  # which end of its last cell a box around a mask has
 
@@ -103,7 +103,8 @@ def boxes_around_masks(
     first = torch.stack([line.int().argmax(-1) for line in lines], dim=-1)
     last = torch.stack([line.shape[-1] - line.flip(-1).int().argmax(-1) for line in lines], dim=-1)
     empty = ~lines[0].any(-1)[..., None]
-    cells = features.new_tensor([line.shape[-1] for line in lines])
+    sides = [line.shape[-1] for line in lines]
+    cells = on_device(sides, features.device, features.dtype)
     if masks.padding is not None:  # to the image without it
         parts = [
             (~masks.padding[:, 0]).to(cells).mean(1),
@@ -114,5 +115,6 @@ def boxes_around_masks(
         *[1] * (cells.dim() - 1), 2
     )
     boxes = xyxy_to_cxcywh(corners.clamp(0, 1))
-    nothing = boxes.new_tensor([1.0, 1.0, 0.0, 0.0] if kind == "mask2box" else [0.0] * 4)
+    none = [1.0, 1.0, 0.0, 0.0] if kind == "mask2box" else [0.0] * 4
+    nothing = on_device(none, boxes.device, boxes.dtype)
     return inverse_sigmoid(boxes.where(~empty, nothing), eps).sigmoid()

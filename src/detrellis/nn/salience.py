@@ -31,7 +31,7 @@ from detrellis.nn.encoder import EncoderLayer, token_centres
 from detrellis.nn.kernels.grid import grid_sample
 from detrellis.nn.order import best_first
 from detrellis.nn.proposals import ProposalHead, select
-from detrellis.types import Memory, Segment, Spatial
+from detrellis.types import Memory, Segment, Spatial, on_device
 
 PROMISING = 300  # tokens of dense attention
 CELLS = 200  # rows and columns of the background embedding
@@ -237,7 +237,8 @@ def enlarged(scores: Tensor, level: int, memory: Memory) -> Tensor:
     """The `scores (B, S')` of the level after `level` at the tokens of this one, `(B, S)`:
     bilinear, corners on corners of what is no padding."""
     (height, width), (rows, columns) = memory.shapes[level : level + 2]
-    sizes = scores.new_tensor([[width, height], [columns, rows]])[None]
+    pair = [[width, height], [columns, rows]]
+    sizes = on_device(pair, scores.device, scores.dtype)[None]
     last = sizes - 1
     if memory.valid_ratios is not None:
         last = ((sizes * memory.valid_ratios[:, level : level + 2]).round() - 1).to(scores.dtype)

@@ -25,7 +25,7 @@ from detrellis.nn.kernels.roi import roi_align
 from detrellis.nn.mlp import MLP, xavier_linear
 from detrellis.nn.position import sine_embed
 from detrellis.nn.prior import map_attention
-from detrellis.types import Memory, Prior, Spatial
+from detrellis.types import Memory, Prior, Spatial, on_device
 
 CELLS = 7  # of a region, along each side
 HIDDEN = (256, 512, 512)  # of the MLP that finds the points
@@ -151,7 +151,7 @@ def region_features(features: Tensor, boxes: Tensor, ratio: Tensor) -> Tensor:
     `ratio (B or 1, 1, 2)`: the fraction of the map that is image. Boxes get no gradient.
     """
     height, width = features.shape[-2:]
-    scale = (ratio * ratio.new_tensor([width, height])).repeat(1, 1, 2)
+    scale = (ratio * on_device([width, height], ratio.device, ratio.dtype)).repeat(1, 1, 2)
     batch, queries = boxes.shape[:2]
     corners = (cxcywh_to_xyxy(boxes) * scale).flatten(0, 1)
     image = torch.arange(batch, device=boxes.device).repeat_interleave(queries)
@@ -202,7 +202,8 @@ class SemanticCrossAttention(nn.Module):
         prior = None
         if aligned.scale is not None:
             height, width = memory.shapes[0]
-            cells = aligned.points.new_tensor([width, height])
+            points = aligned.points
+            cells = on_device([width, height], points.device, points.dtype)
             cells = (
                 cells if memory.valid_ratios is None else cells * memory.valid_ratios.unsqueeze(2)
             )

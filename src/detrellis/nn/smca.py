@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from detrellis.nn.attention import DenseAttention, merge_heads, project
 from detrellis.nn.mlp import MLP
 from detrellis.nn.prior import at_level, map_attention
-from detrellis.types import Memory, Prior, Queries, Spatial
+from detrellis.types import Memory, Prior, Queries, Spatial, on_device
 
 # Stride of the cells in which a prior is as wide as its scale says; squared distances grow with the
 # stride
@@ -66,7 +66,7 @@ class ModulatedPriors(nn.Module):
         for level, ((height, width), stride) in enumerate(
             zip(memory.shapes, self.strides, strict=True)
         ):
-            cells = boxes.new_tensor([width, height])
+            cells = on_device([width, height], boxes.device, boxes.dtype)
             if memory.valid_ratios is not None:
                 cells = cells * memory.valid_ratios[:, level, None]
             centre = (boxes * cells).unsqueeze(2) + offsets[level]

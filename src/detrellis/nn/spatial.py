@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.nn.mlp import MLP
 from detrellis.nn.position import sine_embed
-from detrellis.types import Memory, Queries, Spatial
+from detrellis.types import Memory, Queries, Spatial, on_device
 
 SMALLEST = 1e-6  # a box that collapses must not make the modulation infinite
 
@@ -121,7 +121,8 @@ def cells_within(boxes: Tensor, memory: Memory) -> Tensor:
     corners = cxcywh_to_xyxy(boxes)
     levels = []
     for level, (height, width) in enumerate(memory.shapes):
-        size = corners.new_tensor([width, height]).expand(corners.shape[0], 1, 2)
+        size = on_device([width, height], corners.device, corners.dtype)
+        size = size.expand(corners.shape[0], 1, 2)
         if memory.valid_ratios is not None:
             size = (size * memory.valid_ratios[:, level : level + 1]).round()
         low = (corners[..., :2] * size).floor().clamp(min=0).minimum(size - 1)

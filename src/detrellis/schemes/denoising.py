@@ -19,7 +19,7 @@ from detrellis.matching import known_assignment
 from detrellis.schemes.base import QueryBlock, Step
 from detrellis.schemes.config import Sees
 from detrellis.set_loss import LossRule
-from detrellis.types import Assignment, Queries, Targets
+from detrellis.types import Assignment, Queries, Targets, on_device
 
 
 class Layout(NamedTuple):
@@ -43,9 +43,8 @@ def lay_out(targets: Targets, groups: int, kinds: int) -> Layout:
     device = targets.labels.device
     total = len(targets.labels)
     largest = max(targets.sizes, default=0)
-    place = torch.tensor(
-        [j for size in targets.sizes for j in range(size)], dtype=torch.int64, device=device
-    )
+    places = [j for size in targets.sizes for j in range(size)]
+    place = on_device(places, device, torch.int64)
     group = torch.arange(groups, device=device).view(-1, 1, 1)
     kind = torch.arange(kinds, device=device).view(1, -1, 1)
     slot = (group * kinds + kind) * largest + place

@@ -30,6 +30,7 @@ from detrellis.schemes.collaborative.scene import (
     rows_where,
 )
 from detrellis.set_loss import absent
+from detrellis.types import on_device
 
 
 class DenseOutput(NamedTuple):
@@ -216,7 +217,7 @@ def assign_usable(
 def gather_positives(scene: Scene, owners: Tensor) -> Positives:
     """The anchors to which a target is assigned, with what they should learn; `owners (B, A)`."""
     image, anchor = (owners >= 0).nonzero(as_tuple=True)
-    row = torch.tensor(scene.offsets, device=owners.device)[image] + owners[image, anchor]
+    row = on_device(scene.offsets, owners.device)[image] + owners[image, anchor]
     return Positives(
         image, anchor, row, torch.cat(scene.labels)[row], torch.cat(scene.boxes)[row], len(owners)
     )

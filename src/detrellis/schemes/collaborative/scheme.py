@@ -154,7 +154,7 @@ class Collaborative(TrainingScheme):
             self.embeds[index](chosen, mark, coordinates),
             supervision,
             weight=self.config.query_weight,
-            normaliser=reduce_mean(chosen.boxes.new_tensor(float(len(chosen.image)))).clamp(min=1),
+            normaliser=reduce_mean(chosen.boxes.new_full((), len(chosen.image))).clamp(min=1),
             unused=chosen.unused,
             repeats=True,
             masks=self.config.masks,
@@ -169,7 +169,7 @@ class Collaborative(TrainingScheme):
         names = [f"co_{name}" for name in self.named] if self.embeds else []
         outputs = step.detector.decoder.outputs
         counts = {
-            name: step.mean_boxes.new_tensor(len(assignments[name].layer) / outputs)
+            name: step.mean_boxes.new_full((), len(assignments[name].layer) / outputs)
             for name in names
         }
         return {
