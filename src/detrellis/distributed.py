@@ -177,7 +177,7 @@ def reduce_maxima(values: Sequence[int], device: torch.device) -> list[int]:
     """As `reduce_max`, of several values at once: the host waits for the device once."""
     if not dist.is_initialized():
         return list(values)
-    largest = torch.tensor(values, device=device)
+    largest = torch.tensor(values).to(device, non_blocking=True)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return [int(value) for value in largest.tolist()]
 

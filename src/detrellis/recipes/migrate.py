@@ -60,7 +60,8 @@ def migrated(data: Any, written: int) -> Any:
         _name_statistics(recipe)
     if written < 4:
         _name_content(recipe)
-    _name_backbone(recipe)
+    if written < 5:
+        _name_backbone(recipe)
     return recipe
 
 
