@@ -35,7 +35,7 @@ IN_A_ROW = 8  # pictures that cannot be read, after which it is no accident
 class Sample(NamedTuple):
     """One image as the transform leaves it."""
 
-    image: Tensor  # (3, H, W) uint8, see `transforms.py`
+    image: Tensor  # (3, H, W) uint8; float32 from 0 to 255 without antialiasing
     boxes: Tensor  # (n, 4) float32 pixel xyxy in `image`
     labels: Tensor  # (n,) int64 class index
     image_id: int

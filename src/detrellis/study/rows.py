@@ -22,11 +22,8 @@ KNOWN = (*SCHEMES, "none")
 VOC = "The paper's AP is Pascal VOC's, at IoU 0.5: compare it with AP50"
 Equal = Literal["epochs", "time"]  # what all rows of a study have in common
 LISTS = ("co",)  # schemes whose own value has + in it: co=atss+rcnn
-USUAL = (
-    "align=1",
-    "stable",
-    "group=3",
-)  # what a study adds where nobody names rows: docs/results.md
+# What a study adds where nobody names rows: docs/results.md
+USUAL = ("align=1", "stable", "group=3")
 
 
 def parse_rows(text: str) -> list[list[str]]:
@@ -115,6 +112,7 @@ def plan_schemes(
 
 
 def _usual_rows(recipe: Recipe) -> str:
+    """The recipe's own schemes, and those with each of `USUAL` that it can have, as rows."""
     own = [name for name, config in recipe.schemes if config is not None]
     rows = [own]
     for scheme in (s for s in USUAL if s.partition("=")[0] not in own):
