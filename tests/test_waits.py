@@ -26,13 +26,13 @@ STACKS = (
     ("conditional_detr_r50", "group=3"),
 )
 MOST = {
-    "atss": 4,
-    "fcos": 4,
-    "gfl": 4,
-    "retinanet": 4,
-    "paa": 21,
-    "rcnn": 11,
-    "rcnn+atss": 14,
+    "atss": 3,
+    "fcos": 3,
+    "gfl": 3,
+    "retinanet": 3,
+    "paa": 20,
+    "rcnn": 8,
+    "rcnn+atss": 10,
 }  # two images; PAA's include its host's
 
 

@@ -62,10 +62,9 @@ def test_maps_are_means_of_the_levels_without_padding() -> None:
 def test_a_branch_is_scored_by_its_positives(softmax: bool) -> None:
     logits = torch.tensor([[0.0, 1, 2], [3, 0, 0], [0, 0, 0]])
     boxes = torch.zeros(3, 4)
-    found = [
-        BranchAssignment(boxes, torch.tensor([1, -1, 0]), boxes, logits),
-        BranchAssignment(boxes, torch.tensor([-1, -2, -1]), boxes, logits),
-    ]
+    owner = torch.tensor([[1, -1, 0], [-1, -2, -1]])
+    both = boxes.expand(2, -1, -1)
+    found = BranchAssignment(both, owner, both, logits.expand(2, -1, -1))
     labels = (torch.tensor([0, 2]), torch.tensor([], dtype=torch.int64))
     scene = Scene((), (), torch.ones(2, 2), labels, (boxes[:2], boxes[:0]))
     shares = logits.softmax(-1) if softmax else logits.sigmoid()

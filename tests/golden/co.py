@@ -10,7 +10,7 @@ from detrellis.matching import Hungarian, Match, MatchingCost, assign
 from detrellis.schemes.cdn import ContrastiveDenoising, Noise
 from detrellis.schemes.collaborative.assigners import BACKGROUND
 from detrellis.schemes.collaborative.queries import Chosen, PositiveQueries, choose
-from detrellis.schemes.collaborative.scene import BranchAssignment
+from detrellis.schemes.collaborative.scene import BranchAssignment, Ints
 from detrellis.schemes.config import CDNConfig
 from detrellis.schemes.denoising import lay_out, positives
 from detrellis.set_loss import CLASSIFICATION, SetLoss
@@ -20,7 +20,7 @@ from detrellis.types import Assignment, DecoderOutput, Targets
 from .arrays import Arrays, close
 
 
-def first(indices: Tensor, k: int) -> Tensor:
+def first(indices: Ints, k: int) -> Ints:
     """The files' random choice: the first in index order."""
     return indices[:k]
 
@@ -53,14 +53,15 @@ def check_positive_queries(a: Arrays) -> None:
                 targeted, reads = a[f"{case}__pos_targets_img{i}"].view(-1, 4), features[i]
             # Each positive as a target of its own: the file does not say which share one.
             owner = torch.where(positive, positive.cumsum(0) - 1, BACKGROUND)
-            found.append(BranchAssignment(boxes, owner, reads, boxes))
+            found.append((boxes, owner, reads, boxes))
             targets.append(targeted)
             classes.append(own[positive])
         limit = f"{case}__max_pos_coords"
         most = a.number(limit) if limit in a else 300  # the paper's
         fill = case != "onestage_zeropad"
         offsets, sizes = (0, len(targets[0])), a["image_hw_valid"].double()
-        chosen = choose(found, sizes, offsets, first, max_queries=most, fill=fill)
+        assigned = BranchAssignment(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+        chosen = choose(assigned, sizes, offsets, first, max_queries=most, fill=fill)
         check_chosen(a, case, chosen, targets, torch.cat(classes))
 
 

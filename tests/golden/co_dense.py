@@ -252,7 +252,8 @@ def check_atss_assigner(a: Arrays) -> None:
     for key in [k for k in a.data if re.search(r"__s\d+__gt_inds$", k)]:
         scene, stride = key.split("__")[0], key.split("__")[1][1:]
         anchors, boxes = a[f"anchors_{stride}"].float(), a[f"{scene}__gt_bboxes"].float()
-        owners = assigners.atss(anchors, a[f"num_level_{stride}"].tolist(), boxes, a.number("topk"))
+        per_level = a[f"num_level_{stride}"].tolist()
+        owners = assigners.atss(anchors, per_level, boxes, k=a.number("topk"))
         _same_owners(owners, a[key], key)
         chosen, own = owners >= 0, owners[owners >= 0]
         assert torch.equal(

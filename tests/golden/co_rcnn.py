@@ -98,7 +98,7 @@ def check_region_losses(a: Arrays) -> None:
         positive = rows[labels[rows] < classes]
         own = deltas.unflatten(1, (classes, 4))[positive, labels[positive]]
         boxes = CODER.decode(rois[positive, 1:], own)
-        losses = region_losses(logits[rows], labels[rows], boxes, targets[positive])
+        losses = region_losses(logits[rows], labels[rows], boxes, targets[positive], len(rows))
         close(losses["class"], a[f"{case}__{prefix}loss_cls"], 1e-5, prefix)
         close(losses["giou"], a[f"{case}__{prefix}loss_bbox"], 1e-5, prefix)
 
@@ -113,14 +113,8 @@ def check_regions(a: Arrays) -> None:
     stride = a.number("align__stride")
     rois = a["align__rois"].float()
     image = rois[:, 0].long()
-    order = image.argsort(stable=True)
-    boxes = [rois[image == i, 1:] for i in range(len(maps))]
     for cells in [int(k.removeprefix("align__out")) for k in a.data if k.startswith("align__out")]:
-        features = region_features([maps], [stride], boxes, cells).permute(0, 3, 1, 2)
-        close(features, a[f"align__out{cells}"][order], 1e-5, f"{cells} cells")
-    close(
-        region_features([maps], [stride], boxes, 7).mean((1, 2)),
-        a["align__pooled_mean7"][order],
-        1e-5,
-        "mean",
-    )
+        features = region_features([maps], [stride], rois[:, 1:], image, cells)
+        close(features.permute(0, 3, 1, 2), a[f"align__out{cells}"], 1e-5, f"{cells} cells")
+    pooled = region_features([maps], [stride], rois[:, 1:], image, 7)
+    close(pooled.mean((1, 2)), a["align__pooled_mean7"], 1e-5, "mean")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detrellis.boxes import pairwise_iou
 from detrellis.losses import distribution_focal_loss
-from detrellis.schemes.collaborative import assigners
+from detrellis.schemes.collaborative import assigners, dense
 from detrellis.schemes.collaborative.anchors import grid_points, usable_cells
 from detrellis.schemes.collaborative.assigners import BACKGROUND, IGNORED
 from detrellis.schemes.collaborative.atss import ATSS
@@ -24,7 +24,7 @@ from detrellis.schemes.collaborative.fcos import FCOS
 from detrellis.schemes.collaborative.gfl import BINS, FARTHEST, GFL, distances
 from detrellis.schemes.collaborative.paa import PAA, fit_mixture, likely_positives
 from detrellis.schemes.collaborative.retinanet import RetinaNet
-from detrellis.schemes.collaborative.scene import Scene, random_draw
+from detrellis.schemes.collaborative.scene import BranchAssignment, Scene, random_draw
 from detrellis.schemes.ranks import rank
 
 BRANCHES = [ATSS, RetinaNet, FCOS, GFL, PAA]
@@ -75,6 +75,10 @@ def make_scene(
 def make(branch: Dense, scene: Scene) -> ATSS | RetinaNet | FCOS | GFL | PAA:
     torch.manual_seed(0)
     return branch(WIDTH, CLASSES, len(scene.maps))
+
+
+def by_image(found: BranchAssignment) -> list[BranchAssignment]:
+    return [BranchAssignment(*parts) for parts in zip(*found, strict=True)]
 
 
 DRAW = random_draw(torch.Generator().manual_seed(0))
@@ -154,11 +158,33 @@ def test_losses_and_gradients_are_finite(
     assert not [
         name for name, gradient in read_from if gradient is None or not gradient.isfinite().all()
     ]
-    for own, boxes in zip(found, scene.boxes, strict=True):
+    for own, boxes in zip(by_image(found), scene.boxes, strict=True):
         assert own.owner.min() >= IGNORED
         assert own.owner.max() < len(boxes)
         assert own.boxes.shape == (len(own.logits), 4)
         assert len(own.boxes) == len(own.features) * head.head.anchors
+
+
+@every_branch
+@pytest.mark.parametrize("pairs", [1, 2**24], ids=["one by one", "together"])
+def test_an_images_owners_are_those_it_has_alone(
+    branch: Dense, pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside images with more targets and with none, some of them smaller, padding is none of it."""
+    monkeypatch.setattr(dense, "PAIRS", pairs)
+    boxes, sizes = (*USUAL, [], [[1.0, 1, 9, 9]]), (*SIZES, (96, 60), (10, 11))
+    scene = make_scene(boxes, sizes, padding=(40, 40))
+    head = make(branch, scene)
+    _, found = head(scene, DRAW)
+    assert (found.owner >= 0).any()
+    for i in range(len(boxes)):
+        alone = scene._replace(
+            maps=tuple(m[i : i + 1] for m in scene.maps),
+            sizes=scene.sizes[i : i + 1],
+            labels=scene.labels[i : i + 1],
+            boxes=scene.boxes[i : i + 1],
+        )
+        assert torch.equal(head(alone, DRAW)[1].owner[0], found.owner[i])
 
 
 @every_branch
@@ -167,7 +193,7 @@ def test_without_targets_only_the_classes_learn(branch: Dense) -> None:
     losses, found = make(branch, scene)(scene, DRAW)
     assert losses["class"] > 0
     assert all(value == 0 for name, value in losses.items() if name != "class")
-    assert all((own.owner < 0).all() for own in found)
+    assert (found.owner < 0).all()
 
 
 @every_branch
@@ -324,7 +350,7 @@ def test_padding_predicts_nothing(branch: Dense, monkeypatch: pytest.MonkeyPatch
 def test_retinanet_ignores_what_overlaps_somewhat() -> None:
     scene = make_scene(USUAL, SIZES[:1] * 2)
     _, found = make(RetinaNet, scene)(scene, DRAW)
-    for own, boxes in zip(found, scene.boxes, strict=True):
+    for own, boxes in zip(by_image(found), scene.boxes, strict=True):
         overlap = pairwise_iou(own.boxes, boxes)
         best, owner = overlap.max(1)
         claimed = (overlap == overlap.amax(0)).any(1)
@@ -338,7 +364,7 @@ def test_retinanet_ignores_what_overlaps_somewhat() -> None:
 def test_fcos_stands_for_eight_strides() -> None:
     scene = make_scene(USUAL)
     _, found = make(FCOS, scene)(scene, DRAW)
-    side = found[0].boxes[:, 2:] - found[0].boxes[:, :2]
+    side = found.boxes[0, :, 2:] - found.boxes[0, :, :2]
     counts = [h * w for h, w in scene.shapes]
     assert [s.unique().tolist() for s in side.split(counts)] == [
         [64.0],
@@ -347,7 +373,7 @@ def test_fcos_stands_for_eight_strides() -> None:
         [512.0],
         [1024.0],
     ]
-    assert found[0].boxes[0].tolist() == [-28, -28, 36, 36]
+    assert found.boxes[0, 0].tolist() == [-28, -28, 36, 36]
 
 
 def slow_fcos(point: Tensor, boxes: Tensor, stride: int, low: float, high: float) -> int:

@@ -17,11 +17,11 @@ from detrellis.nn.kernels import roi_cpu
 from detrellis.nn.kernels.roi import by_torchvision
 from detrellis.schemes.collaborative import roi
 from detrellis.schemes.collaborative.anchors import nine_anchors
-from detrellis.schemes.collaborative.assigners import BACKGROUND
+from detrellis.schemes.collaborative.assigners import BACKGROUND, IGNORED
 from detrellis.schemes.collaborative.mask import MaskHead, MaskRCNN, crop_masks
 from detrellis.schemes.collaborative.rcnn import CELLS, RCNN, BoxHead, sample_regions
-from detrellis.schemes.collaborative.rpn import proposals, sample
-from detrellis.schemes.collaborative.scene import BranchAssignment, Scene, random_draw
+from detrellis.schemes.collaborative.rpn import Proposals, proposals, sample
+from detrellis.schemes.collaborative.scene import BranchAssignment, Ints, Scene, random_draw
 
 Boxes = Sequence[Sequence[Sequence[float]]]  # of each image, xyxy
 CLASSES, WIDTH, SAMPLES = 3, 16, 24
@@ -81,14 +81,21 @@ def train(
     model: RCNN | MaskRCNN, given: Scene, seed: int = 0
 ) -> tuple[dict[str, Tensor], list[BranchAssignment]]:
     losses, found = model(given, random_draw(torch.Generator().manual_seed(seed)))
+    images = by_image(found)
     (
         torch.stack(list(losses.values())).sum()
-        + sum(f.features.sum() + f.logits.sum() for f in found)
+        + sum(f.features.sum() + f.logits.sum() for f in images)
     ).backward()
-    return losses, found
+    return losses, images
 
 
-def first(indices: Tensor, k: int) -> Tensor:
+def by_image(found: BranchAssignment) -> list[BranchAssignment]:
+    """The regions of each image, without those that only fill it up."""
+    images = [BranchAssignment(*parts) for parts in zip(*found, strict=True)]
+    return [BranchAssignment(*(t[f.owner != IGNORED] for t in f)) for f in images]
+
+
+def first(indices: Ints, k: int) -> Ints:
     return indices[:k]
 
 
@@ -116,7 +123,7 @@ def test_any_batch(batch: str, kind: type[RCNN] | type[MaskRCNN]) -> None:
         assert all((f.owner == BACKGROUND).all() for f in found)
     for f, boxes in zip(found, given.boxes, strict=True):
         assert len(f.boxes) == len(f.owner) == len(f.features) == len(f.logits) <= SAMPLES
-        assert f.owner.max() < len(boxes)
+        assert (f.owner < len(boxes)).all()
         assert not f.boxes.requires_grad
         assert f.logits.shape[1] == CLASSES + 1
 
@@ -184,25 +191,32 @@ def test_regions() -> None:
             assert (overlap[positive:].amax(1) < 0.5).all()
     boxes = scene().boxes[0]
     far = torch.tensor([[100.0, 60.0, 120.0, 90.0]]).repeat(50, 1)
-    (regions,), (owner,) = sample_regions([torch.cat([boxes + 1, far])], [boxes], SAMPLES, first)
-    assert torch.equal(regions, torch.cat([boxes, boxes + 1, far])[:SAMPLES])
-    assert owner.tolist() == [0, 1, 2] * 2 + [BACKGROUND] * (SAMPLES - 6)
+    proposed = torch.cat([boxes + 1, far])[None]
+    regions = sample_regions(
+        Proposals(proposed, torch.ones(proposed.shape[:2], dtype=torch.bool)),
+        scene([USUAL[0]]),
+        SAMPLES,
+        first,
+    )
+    assert torch.equal(regions.boxes[0], torch.cat([boxes, boxes + 1, far])[:SAMPLES])
+    assert regions.owner[0].tolist() == [0, 1, 2] * 2 + [BACKGROUND] * (SAMPLES - 6)
+    assert regions.there == SAMPLES
 
 
 def test_sampling_fills_up_with_background() -> None:
     owner = np.array([0, BACKGROUND, 1, -2, BACKGROUND, 0, BACKGROUND])
     for count, most, expected in (
-        (4, 2, ([0, 2], [1, 4])),
-        (6, 3, ([0, 2, 5], [1, 4, 6])),
-        (2, 1, ([0], [1])),
+        (4, 2, [0, 2, 1, 4]),
+        (6, 3, [0, 2, 5, 1, 4, 6]),
+        (2, 1, [0, 1]),
     ):
-        assert tuple(t.tolist() for t in sample(owner, first, count, most)) == expected
+        assert sample(owner, first, count, most).tolist() == expected
 
 
 def test_how_many_anchors_learn() -> None:
     asked: list[tuple[int, int]] = []
 
-    def draw(indices: Tensor, k: int) -> Tensor:
+    def draw(indices: Ints, k: int) -> Ints:
         asked.append((min(len(indices), k), k))
         return indices[:k]
 
@@ -229,7 +243,9 @@ def test_features_are_means_of_the_regions() -> None:
     model, given = branch(), scene()
     assert isinstance(model, RCNN)
     _, found = train(model, given)
-    features = roi.region_features(given.maps[:3], STRIDES[:3], [f.boxes for f in found], CELLS)
+    image = torch.arange(len(found)).repeat_interleave(torch.tensor([len(f.boxes) for f in found]))
+    regions = torch.cat([f.boxes for f in found])
+    features = roi.region_features(given.maps[:3], STRIDES[:3], regions, image, CELLS)
     torch.testing.assert_close(torch.cat([f.features for f in found]), features.mean((1, 2)))
 
 
@@ -237,7 +253,7 @@ def test_features_are_means_of_the_regions() -> None:
 def test_appended_maps_are_not_read_by_regions(appended: int) -> None:
     model = RCNN(WIDTH, CLASSES, STRIDES, appended=appended, samples=SAMPLES, hidden=32)
     given = scene()._replace(strides=(2, 4, 8, 16))  # a target of 99 pixels is large then
-    torch.cat([f.features for f in model(given, first)[1]]).sum().backward()
+    model(given, first)[1].features.sum().backward()
     read = [m.grad is not None and bool(m.grad.any()) for m in given.maps]
     assert read == [True, appended == 2, False, False]
 
@@ -266,9 +282,10 @@ def test_proposals_stay_in_their_image() -> None:
             for own, (h, w) in zip(level.detach(), sizes, strict=True):
                 own[:, -(-h // stride) :] = 0
                 own[:, :, -(-w // stride) :] = 0
-        found.append(
-            proposals(model.rpn(given.maps), nine_anchors(given), given, before=500, limit=40)
+        boxes, valid = proposals(
+            model.rpn(given.maps), nine_anchors(given), given, before=500, limit=40
         )
+        found.append([b[v] for b, v in zip(boxes, valid, strict=True)])
     for here, there, (height, width) in zip(*found, sizes, strict=True):
         torch.testing.assert_close(here, there)
         assert len(here) == 40
@@ -313,16 +330,16 @@ def test_mask_targets(shift: tuple[int, int]) -> None:
     """An ellipse in its box, as regions beside it see it."""
     box = torch.tensor([[20.0, 30.0, 68.0, 66.0]])
     x, y = (torch.arange(112) + 0.5) / 56 - 1, (torch.arange(112)[:, None] + 0.5) / 56 - 1
-    masks = torch.stack([torch.zeros(112, 112, dtype=torch.bool), x**2 + y**2 <= 1])
+    mask = (x**2 + y**2 <= 1)[None]
     region = box + torch.tensor([*shift, *shift]) * torch.tensor([1, 1, 1.2, 0.9])
-    target = crop_masks(masks, box.repeat(2, 1), region, torch.tensor([1]), cells=28)[0]
+    target = crop_masks(mask, box, region, cells=28)[0]
     steps = (torch.arange(28) + 0.5) / 28
     x, y = (region[0, i] + steps * (region[0, i + 2] - region[0, i]) for i in (0, 1))
     direct = ((x - 44) / 24) ** 2 + ((y[:, None] - 48) / 18) ** 2 <= 1
     assert 300 < direct.sum() < 28 * 28
     assert (target != direct).sum() <= 6
-    assert not crop_masks(masks, box.repeat(2, 1), region, torch.tensor([0]), cells=28).any()
-    assert not crop_masks(masks, box.repeat(2, 1), region + 100, torch.tensor([1]), cells=28).any()
+    assert not crop_masks(torch.zeros_like(mask), box, region, cells=28).any()
+    assert not crop_masks(mask, box, region + 100, cells=28).any()
 
 
 def test_masks_are_needed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from detrellis.nn.neck import flatten
 from detrellis.nn.position import SineMap
 from detrellis.recipes.build import build
 from detrellis.schemes.base import QueryBlock, Step
+from detrellis.schemes.collaborative.assigners import IGNORED
 from detrellis.schemes.collaborative.pyramid import Coarser, Pyramid
 from detrellis.schemes.collaborative.queries import MIN_QUERIES, choose
 from detrellis.schemes.collaborative.scene import BranchAssignment, random_draw
@@ -54,16 +56,14 @@ def losses(model: TrainableDetector, truth: Targets) -> dict[str, float]:
     }
 
 
-def found(owners: Sequence[Sequence[int]], cells: int = 1) -> list[BranchAssignment]:
+def found(owners: Sequence[Sequence[int]], cells: int = 1) -> BranchAssignment:
     """Anchors numbered by the first coordinate, features numbered by cell."""
-    result = []
-    for own in owners:
-        owner = torch.tensor(own)
-        number = torch.arange(float(len(own)))
-        boxes = torch.stack([number, number, number + 2, number + 4], dim=1)
-        features = torch.arange(float(len(own) // cells))[:, None].expand(-1, 32)
-        result.append(BranchAssignment(boxes, owner, features, boxes))
-    return result
+    most = max(map(len, owners))
+    owner = torch.tensor([[*own, *[IGNORED] * (most - len(own))] for own in owners])
+    number = torch.arange(float(most))
+    boxes = torch.stack([number, number, number + 2, number + 4], dim=1).expand(len(owners), -1, -1)
+    features = torch.arange(float(most // cells))[:, None].expand(len(owners), -1, 32)
+    return BranchAssignment(boxes, owner, features, boxes)
 
 
 # The choice of queries
@@ -122,6 +122,17 @@ def test_more_positives_than_queries_are_drawn_by_the_seed() -> None:
     assert picks[0].shape[1] == 300
     assert torch.equal(picks[0], picks[1])
     assert not torch.equal(picks[0], picks[2])
+
+
+def test_draws_are_in_order_without_repetition_and_fair() -> None:
+    draw = random_draw(torch.Generator().manual_seed(0))
+    indices = np.arange(3, 40_003, 2)
+    drawn = [draw(indices, 256) for _ in range(200)]
+    assert all(
+        len(d) == 256 and (np.diff(d) > 0).all() and np.isin(d, indices).all() for d in drawn
+    )
+    assert np.concatenate(drawn).mean() == pytest.approx(indices.mean(), rel=0.02)
+    assert draw(indices[:5], 256).tolist() == indices[:5].tolist()
 
 
 # The scheme

@@ -12,7 +12,6 @@ score is that of the target's class.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -23,6 +22,7 @@ from detrellis.analysis.pictures import levels, resized
 from detrellis.analysis.schemes import DECODER, begin, branch_assignments, decode_main
 from detrellis.data.batch import Batch
 from detrellis.schemes.base import Step
+from detrellis.schemes.collaborative.dense import gather_positives
 from detrellis.schemes.collaborative.scene import BranchAssignment, Scene
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.training import TrainableDetector
@@ -73,15 +73,12 @@ def decoder_score(step: Step) -> Tensor:
     )
 
 
-def branch_score(images: Sequence[BranchAssignment], scene: Scene, softmax: bool) -> Tensor:
+def branch_score(assigned: BranchAssignment, scene: Scene, softmax: bool) -> Tensor:
     """The sum of the positives' scores, of all images: `()`."""
-    sums = []
-    for assigned, labels in zip(images, scene.labels, strict=True):
-        positive = assigned.owner >= 0
-        logits, classes = assigned.logits[positive], labels[assigned.owner[positive]]
-        scores = logits.softmax(-1) if softmax else logits.sigmoid()
-        sums.append(scores.gather(1, classes.unsqueeze(1)).sum())
-    return torch.stack(sums).sum()
+    positives = gather_positives(scene, assigned.owner)
+    logits = assigned.logits[positives.image, positives.anchor]
+    scores = logits.softmax(-1) if softmax else logits.sigmoid()
+    return scores.gather(1, positives.label.unsqueeze(1)).sum()
 
 
 def activations(

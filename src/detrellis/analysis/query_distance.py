@@ -9,7 +9,7 @@ region or a proposal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -242,7 +242,7 @@ def query_places(
     main = step.queries.boxes[..., :2].cpu().double()
 
     scene, assignments = branch_assignments(co, step)
-    positives = {branch: _positives(images, scene.sizes) for branch, images in assignments.items()}
+    positives = {branch: _positives(found, scene.sizes) for branch, found in assignments.items()}
     places = []
     for i, image_matched in enumerate(matched.cpu().split(step.targets.sizes)):
         places.append(
@@ -251,13 +251,12 @@ def query_places(
     return places
 
 
-def _positives(images: Sequence[BranchAssignment], sizes: Tensor) -> list[Positives]:
+def _positives(assigned: BranchAssignment, sizes: Tensor) -> list[Positives]:
     """The positives of each image; `sizes (B, 2)` are their heights and widths in pixels."""
     positives = []
-    for assigned, size in zip(images, sizes, strict=True):
-        kept = assigned.owner >= 0
-        places = centres(assigned.boxes[kept]) / size.flip(-1)
-        positives.append(Positives(places.cpu().double(), assigned.owner[kept].cpu()))
+    for boxes, owner, size in zip(assigned.boxes, assigned.owner, sizes, strict=True):
+        places = centres(boxes[owner >= 0]) / size.flip(-1)
+        positives.append(Positives(places.cpu().double(), owner[owner >= 0].cpu()))
     return positives
 
 

@@ -20,7 +20,7 @@ from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit
 from detrellis.recipes.build import build
 from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
-from detrellis.schemes.collaborative.scene import BranchAssignment, Scene
+from detrellis.schemes.collaborative.scene import BranchAssignment, Ints, Scene
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.schemes.group import Group
 from detrellis.training import TrainableDetector, image_sizes
@@ -97,9 +97,7 @@ def decode_main(step: Step) -> DecoderOutput:
     return step.detector.decode(step.memory, {main: step.queries})[main.name]
 
 
-def branch_assignments(
-    co: Collaborative, step: Step
-) -> tuple[Scene, dict[str, list[BranchAssignment]]]:
+def branch_assignments(co: Collaborative, step: Step) -> tuple[Scene, dict[str, BranchAssignment]]:
     """The scene, and by branch what it assigns in each image:
     where training draws some at random, the first ones.
     """
@@ -111,7 +109,7 @@ def branch_assignments(
     return scene, {name: branch(scene, _first)[1] for name, branch in co.named.items()}
 
 
-def _first(indices: Tensor, k: int) -> Tensor:
+def _first(indices: Ints, k: int) -> Ints:
     return indices[:k]
 
 

@@ -18,9 +18,7 @@ class Branch(Protocol):
     name: ClassVar[str]
     softmax: ClassVar[bool]  # whether its classes exclude each other, and a last one is "no object"
 
-    def __call__(
-        self, scene: Scene, draw: Draw
-    ) -> tuple[dict[str, Tensor], list[BranchAssignment]]:
+    def __call__(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], BranchAssignment]:
         """Losses by name, weighted against each other, and what is assigned in each image."""
 
     def predict(self, scene: Scene) -> list[Predictions]:

@@ -61,5 +61,6 @@ def centerness(distances: Tensor) -> Tensor:
 
 
 def clip(boxes: Tensor, size: Tensor) -> Tensor:
-    """Boxes `(..., 4)` cut to an image of `size (2,)` height, width."""
-    return boxes.clamp(min=0).minimum(size.flip(-1).repeat(2).to(boxes))
+    """Boxes `(..., N, 4)` cut to their image of `size (..., 2)` height, width."""
+    corner = size.flip(-1).to(boxes)
+    return boxes.clamp(min=0).minimum(torch.cat([corner, corner], dim=-1).unsqueeze(-2))

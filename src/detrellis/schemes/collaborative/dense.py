@@ -24,13 +24,16 @@ from detrellis.schemes.collaborative.coder import clip
 from detrellis.schemes.collaborative.scene import (
     BranchAssignment,
     Draw,
+    Ints,
     Predictions,
     Scene,
-    on_host,
-    rows_where,
 )
 from detrellis.set_loss import absent
 from detrellis.types import on_device
+
+# Of anchors and targets that an assignment looks at together: 64 MB of float32 for each number that
+# a pair has
+PAIRS = 2**24
 
 
 class DenseOutput(NamedTuple):
@@ -160,12 +163,13 @@ class DenseBranch(nn.Module, ABC):
         output: DenseOutput = self.head(scene.maps)
         return output
 
-    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[BranchAssignment]]:
-        """See `Branch`."""
+    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], BranchAssignment]:
+        """See `Branch`, with the memory's features at the anchors' cells."""
         output = self.output(scene)
         output = output._replace(logits=scene.counted(output.logits))
         losses, boxes, owners = self.supervise(output, scene)
-        return losses, branch_assignments(scene, boxes, owners, output)
+        boxes = boxes.expand(len(owners), -1, -1)
+        return losses, BranchAssignment(boxes, owners, by_cell(scene.maps), output.logits)
 
     @torch.no_grad()
     def predict(self, scene: Scene) -> list[Predictions]:
@@ -190,28 +194,29 @@ def precise(x: Tensor) -> Tensor:
 
 
 def assign_usable(
-    scene: Scene, anchors: Tensor, assign: Callable[[Tensor, Sequence[int], Tensor], Tensor]
+    scene: Scene, anchors: Tensor, assign: Callable[[Tensor, Sequence[int], Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Owners `(B, A)` by `assign(anchors, anchors of each level, targets' boxes)` in each image.
+    """Owners `(B, A)` by `assign(anchors, anchors of each level, targets' boxes, possible)`,
+    a rule of `assigners`.
 
     An anchor whose cell lies on padding takes no part and is ignored. `anchors (A, 4)`, or points
     `(A, 2)`.
     """
-    # Which anchors take part, and how many on each level.
+    # Which anchors take part, and how many there are on each level.
     cells = [h * w for h, w in scene.shapes]
     each = len(anchors) // sum(cells)
-    usable = on_host(usable_cells(scene.shapes, scene.strides, scene.sizes).unbind())
-    owners = []
-    for on_image, boxes in zip(usable, scene.boxes, strict=True):
-        levels = np.split(on_image, np.cumsum(cells[:-1]))
-        per_level = [each * int(level.sum()) for level in levels]
-        if on_image.all():
-            owners.append(assign(anchors, per_level, boxes))
-            continue
-        rows = rows_where(on_image.repeat(each)).to(anchors.device, non_blocking=True)
-        owner = torch.full((len(anchors),), IGNORED, device=anchors.device)
-        owners.append(owner.index_copy_(0, rows, assign(anchors[rows], per_level, boxes)))
-    return torch.stack(owners)
+    usable = usable_cells(scene.shapes, scene.strides, scene.sizes).repeat_interleave(each, dim=1)
+    per_level = [each * n for n in cells]
+    # All images together where pairs are few, each operation of which costs a launch; one after
+    # the other where their memory does.
+    boxes, present = scene.padded()
+    together = max(1, PAIRS // (len(anchors) * boxes.shape[1]))
+    parts = zip(*(t.split(together) for t in (usable, boxes, present)), strict=True)
+    owners = [
+        assign(anchors, per_level, targets, cells_used.unsqueeze(-1) & there.unsqueeze(-2))
+        for cells_used, targets, there in parts
+    ]
+    return torch.cat(owners).masked_fill(~usable, IGNORED)
 
 
 def gather_positives(scene: Scene, owners: Tensor) -> Positives:
@@ -221,6 +226,16 @@ def gather_positives(scene: Scene, owners: Tensor) -> Positives:
     return Positives(
         image, anchor, row, torch.cat(scene.labels)[row], torch.cat(scene.boxes)[row], len(owners)
     )
+
+
+def positives_of(scene: Scene, owners: Ints) -> Positives:
+    """As `gather_positives`, of `owners (B, A)` that the host knows: it has nothing to wait for."""
+    image, anchor = (owners >= 0).nonzero()
+    row = np.array(scene.offsets)[image] + owners[image, anchor]
+    rows = on_device(np.stack([image, anchor, row]), scene.sizes.device)
+    in_image, at, target = rows.unbind()
+    labels, boxes = torch.cat(scene.labels)[target], torch.cat(scene.boxes)[target]
+    return Positives(in_image, at, target, labels, boxes, len(owners))
 
 
 def focal_sum(logits: Tensor, owners: Tensor, positives: Positives) -> Tensor:
@@ -246,17 +261,6 @@ def mean_positives(positives: Positives) -> Tensor:
     positives, at least one an image, as a mean over processes.
     """
     return reduce_mean(positives.per_image().clamp(min=1).sum()).clamp(min=1)
-
-
-def branch_assignments(
-    scene: Scene, anchors: Tensor, owners: Tensor, output: DenseOutput
-) -> list[BranchAssignment]:
-    """A dense head's assignment, with the memory's features at its cells."""
-    features = by_cell(scene.maps)
-    return [
-        BranchAssignment(anchors, *parts)
-        for parts in zip(owners, features, output.logits, strict=True)
-    ]
 
 
 def select_dense(

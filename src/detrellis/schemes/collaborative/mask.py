@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.losses import bce_loss
-from detrellis.schemes.collaborative.rcnn import RCNN, positive_regions
+from detrellis.schemes.collaborative.dense import gather_positives
+from detrellis.schemes.collaborative.rcnn import RCNN
 from detrellis.schemes.collaborative.scene import BranchAssignment, Draw, Predictions, Scene
 
 CELLS = 14  # of a region's features, along each side; its mask has twice as many
@@ -58,16 +59,16 @@ class MaskRCNN(nn.Module):
         self.boxes = RCNN(width, classes, strides, **options)
         self.masks = MaskHead(width, classes)
 
-    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[BranchAssignment]]:
+    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], BranchAssignment]:
         """See `Branch`. The scene must have masks."""
         assert scene.masks is not None, "branch 'mask' needs targets with masks"
         losses, assigned = self.boxes(scene, draw)
-        regions = [a.boxes[a.owner >= 0] for a in assigned]
-        owners = [a.owner[a.owner >= 0] for a in assigned]
-        _, labels, _ = positive_regions(scene, owners)
-        logits = self.masks(self.boxes.pool(scene, regions, CELLS), labels)
-        parts = zip(scene.masks, scene.boxes, regions, owners, strict=True)
-        target = torch.cat([crop_masks(*p, cells=2 * CELLS) for p in parts])
+        positives = gather_positives(scene, assigned.owner)
+        regions = assigned.boxes[positives.image, positives.anchor]
+        features = self.boxes.pool(scene, regions, positives.image, CELLS)
+        logits = self.masks(features, positives.label)
+        masks = torch.cat(scene.masks)[positives.target]
+        target = crop_masks(masks, positives.box, regions, cells=2 * CELLS)
         losses["mask"] = bce_loss(logits, target.to(logits)).sum() / max(target.numel(), 1)
         return losses, assigned
 
@@ -76,16 +77,14 @@ class MaskRCNN(nn.Module):
         return self.boxes.predict(scene)
 
 
-def crop_masks(
-    masks: Tensor, boxes: Tensor, regions: Tensor, owner: Tensor, *, cells: int
-) -> Tensor:
-    """The owners' masks within regions `(P, 4)`:
+def crop_masks(masks: Tensor, boxes: Tensor, regions: Tensor, *, cells: int) -> Tensor:
+    """Each mask within its region of `(P, 4)`:
     `(P, cells, cells)` bool, read at the cells' centres.
 
-    `masks (n, M, M)` lie within `boxes (n, 4)`; there is nothing outside.
+    `masks (P, M, M)` lie within `boxes (P, 4)`; there is nothing outside.
     """
-    # The cells' centres along x and along y, (P, cells, 2), from -1 to 1 across the owner's box.
-    low, size = boxes[owner, :2], boxes[owner, 2:] - boxes[owner, :2]
+    # The cells' centres along x and along y, (P, cells, 2), from -1 to 1 across the mask's box.
+    low, size = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     steps = ((torch.arange(cells, device=boxes.device) + 0.5) / cells).to(boxes)
     corner, extent = regions[:, :2] - low, regions[:, 2:] - regions[:, :2]
     centres = (
@@ -95,7 +94,4 @@ def crop_masks(
     grid = torch.stack(
         [x.unsqueeze(1).expand(-1, cells, -1), y.unsqueeze(2).expand(-1, -1, cells)], dim=-1
     )
-    return (
-        F.grid_sample(masks[owner].unsqueeze(1).to(grid), grid, align_corners=False).squeeze(1)
-        >= 0.5
-    )
+    return F.grid_sample(masks.unsqueeze(1).to(grid), grid, align_corners=False).squeeze(1) >= 0.5

@@ -77,12 +77,12 @@ class PAA(DenseBranch):
         return super().scores(output).sqrt()
 
 
-def overlapping(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Tensor:
-    """All anchors with an IoU of 0.1 or more, and a target's best ones at any IoU:
-    owners `(A,)`.
-    """
+def overlapping(
+    anchors: Tensor, per_level: Sequence[int], boxes: Tensor, possible: Tensor | None = None
+) -> Tensor:
+    """All anchors with an IoU of 0.1 or more, and a target's best ones at any IoU: their owners."""
     return assigners.max_iou(
-        anchors, boxes, positive=0.1, negative=0.1, minimum=0.0, low_quality=True
+        anchors, boxes, possible, positive=0.1, negative=0.1, minimum=0.0, low_quality=True
     )
 
 

@@ -14,15 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.boxes import inverse_sigmoid, xyxy_to_cxcywh
 from detrellis.nn.mlp import xavier_linear
 from detrellis.nn.position import sine_embed
 from detrellis.schemes.collaborative.assigners import BACKGROUND
-from detrellis.schemes.collaborative.scene import BranchAssignment, Draw, on_host, rows_where
-from detrellis.types import Queries
+from detrellis.schemes.collaborative.scene import BranchAssignment, Draw
+from detrellis.types import Queries, on_device
 
 MIN_QUERIES = 9  # queries of a branch, even where an image has no positive
 EPS = 1e-5  # of the inverse sigmoid before the sine embedding
@@ -41,7 +40,7 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    assigned: Sequence[BranchAssignment],
+    assigned: BranchAssignment,
     sizes: Tensor,
     offsets: Sequence[int],
     draw: Draw,
@@ -56,45 +55,39 @@ def choose(
     targets; without `fill` no background.
     """
     # As many slots as the image with the most positives needs.
-    owners = on_host([a.owner for a in assigned])
-    positive = [rows_where(owner >= 0) for owner in owners]
+    owners = assigned.owner.cpu().numpy()
+    positive = [np.flatnonzero(owner >= 0) for owner in owners]
     slots = max(MIN_QUERIES, min(max_queries, max(len(p) for p in positive)))
+    # Each image's positives, then background; where both do not suffice the last slots stay empty.
+    drawn = [draw(candidates, slots) for candidates in positive]
+    anchors = drawn
+    if fill:
+        others = [
+            draw(np.flatnonzero(owner == BACKGROUND), slots - len(rows))
+            for rows, owner in zip(drawn, owners, strict=True)
+        ]
+        anchors = [np.concatenate(pair) for pair in zip(drawn, others, strict=True)]
+    counts = [len(rows) for rows in drawn]
+    filled = np.arange(slots) < np.array([len(rows) for rows in anchors])[:, None]
+    table = np.zeros(filled.shape, dtype=np.int64)
+    table[filled] = np.concatenate(anchors)
+    # Their boxes, normalised, and the features of their cells, which several anchors may share.
     device = sizes.device
-    boxes, features, rows, counts, filled = [], [], [], [], []
-    parts = zip(assigned, owners, positive, sizes, offsets, strict=True)
-    for image, owner, candidates, size, first in parts:
-        # The image's positives, then background; where both do not suffice the last slots stay
-        # empty.
-        drawn = draw(candidates, slots)
-        background = rows_where(owner == BACKGROUND) if fill else drawn[:0]
-        anchors = torch.cat([drawn, draw(background, slots - len(drawn))])
-        anchors = anchors.to(device, non_blocking=True)
-        empty = slots - len(anchors)
-        # Their boxes, normalised, and the features of their cells, which several anchors may share.
-        normalised = xyxy_to_cxcywh(image.boxes[anchors]) / size.flip(-1).repeat(2).to(image.boxes)
-        cells = anchors // (len(image.boxes) // len(image.features))
-        boxes.append(F.pad(normalised, (0, 0, 0, empty), value=0.5))
-        features.append(F.pad(image.features[cells], (0, 0, 0, empty)))
-        rows.append(owner[drawn.numpy()] + first)
-        counts.append(len(drawn))
-        filled.append(len(anchors))
-    # Which slots hold positives, and which hold nothing.
-    image_index = np.arange(len(assigned)).repeat(counts)
-    slot = np.concatenate([np.arange(n) for n in counts])
-    indices = torch.from_numpy(np.stack([image_index, slot, np.concatenate(rows)]))
-    in_image, in_slot, target = indices.to(device, non_blocking=True).unbind()
+    index = on_device(table, device).unsqueeze(-1)
+    boxes = assigned.boxes.gather(1, index.expand(-1, -1, 4))
+    boxes = xyxy_to_cxcywh(boxes) / sizes.flip(-1).repeat(1, 2).unsqueeze(1).to(boxes)
+    cells = index // (assigned.boxes.shape[1] // assigned.features.shape[1])
+    features = assigned.features.gather(1, cells.expand(-1, -1, assigned.features.shape[-1]))
     unused = None
-    if min(filled) < slots:
-        unused = torch.from_numpy(np.arange(slots) >= np.array(filled)[:, None]).to(device)
-    return Chosen(
-        torch.stack(boxes),
-        torch.stack(features),
-        in_image,
-        in_slot,
-        target,
-        unused,
-        tuple(counts),
-    )
+    if not filled.all():
+        unused = on_device(~filled, device)
+        boxes = boxes.masked_fill(unused.unsqueeze(-1), 0.5)
+        features = features.masked_fill(unused.unsqueeze(-1), 0)
+    # Which slots hold positives, and which target each learns.
+    image, slot = (np.arange(slots) < np.array(counts)[:, None]).nonzero()
+    targets = np.array(offsets)[image] + owners[image, table[image, slot]]
+    in_image, in_slot, target = on_device(np.stack([image, slot, targets]), device).unbind()
+    return Chosen(boxes, features, in_image, in_slot, target, unused, tuple(counts))
 
 
 class PositiveQueries(nn.Module):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,23 +14,28 @@ from detrellis.boxes import giou
 from detrellis.nn.neck import MapNorm
 from detrellis.postprocess import nms, top_pairs
 from detrellis.schemes.collaborative.anchors import nine_anchors
-from detrellis.schemes.collaborative.assigners import max_iou
+from detrellis.schemes.collaborative.assigners import BACKGROUND, IGNORED, max_iou
 from detrellis.schemes.collaborative.coder import Deltas, clip
-from detrellis.schemes.collaborative.dense import precise
+from detrellis.schemes.collaborative.dense import Positives, positives_of, precise
 from detrellis.schemes.collaborative.roi import region_features
-from detrellis.schemes.collaborative.rpn import RPN, proposals, rpn_losses, sample
-from detrellis.schemes.collaborative.scene import (
-    BranchAssignment,
-    Draw,
-    Predictions,
-    Scene,
-    on_host,
-)
+from detrellis.schemes.collaborative.rpn import RPN, Proposals, proposals, rpn_losses, sample
+from detrellis.schemes.collaborative.scene import BranchAssignment, Draw, Predictions, Scene
+from detrellis.types import on_device
 
 CODER = Deltas(0.1, 0.2)
 CELLS = 7  # of a region, along each side
+NO_REGION = -100  # a label that learns nothing
 # Pairs of region and class that take part in the final NMS; it rarely needs more to find 100
 BEFORE = 5000
+
+
+class Regions(NamedTuple):
+    """What each image learns from."""
+
+    boxes: Tensor  # (B, R, 4) xyxy
+    owner: Tensor  # (B, R) row of the image's targets, BACKGROUND, or IGNORED: none is there
+    positives: Positives
+    there: int  # how many there are, in all images
 
 
 class BoxHead(nn.Module):
@@ -112,7 +119,7 @@ class RCNN(nn.Module):
         self.rpn = RPN(width)
         self.head = BoxHead(width, classes, hidden, convolutional=convolutional)
 
-    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[BranchAssignment]]:
+    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], BranchAssignment]:
         """See `Branch`; regions are sampled positives, then sampled background."""
         # Regions: a sample of the proposals.
         output, anchors = self.rpn(scene.maps), nine_anchors(scene)
@@ -120,93 +127,93 @@ class RCNN(nn.Module):
         proposed = proposals(
             output, anchors, scene, before=8 * self.samples, limit=2 * self.samples
         )
-        regions, owners = sample_regions(proposed, scene.boxes, self.samples, draw)
-        features = self.pool(scene, regions, CELLS)
+        regions = sample_regions(proposed, scene, self.samples, draw)
+        features = self.pool_all(scene, regions.boxes)
         states = self.head(features)
         logits = scene.counted(self.head.logits(states))
         # Classes of all regions, boxes of the positive ones.
-        positive, label, target = positive_regions(scene, owners)
-        deltas = self.head.deltas(states[positive])[
-            torch.arange(len(positive), device=label.device), label
-        ]
-        labels = torch.full_like(logits[:, 0], self.classes, dtype=torch.int64).index_copy(
-            0, positive, label
+        positives = regions.positives
+        where = (positives.image, positives.anchor)
+        states = states.unflatten(0, regions.owner.shape)[where]
+        deltas = self.head.deltas(states).gather(
+            1, positives.label[:, None, None].expand(-1, -1, 4)
         )
-        boxes = self.coder.decode(torch.cat(regions)[positive], deltas)
-        losses |= region_losses(logits, labels, boxes, target)
-        # What was assigned, image by image.
-        counts = [len(r) for r in regions]
-        parts = zip(
-            regions, owners, features.mean((1, 2)).split(counts), logits.split(counts), strict=True
+        labels = torch.where(regions.owner == BACKGROUND, self.classes, NO_REGION)
+        labels = labels.index_put(where, positives.label).flatten()
+        boxes = self.coder.decode(regions.boxes[where], deltas.squeeze(1))
+        losses |= region_losses(logits, labels, boxes, positives.box, regions.there)
+        # What was assigned.
+        features, logits = (
+            t.unflatten(0, regions.owner.shape) for t in (features.mean((1, 2)), logits)
         )
-        return losses, [BranchAssignment(*p) for p in parts]
+        return losses, BranchAssignment(regions.boxes, regions.owner, features, logits)
 
-    def pool(self, scene: Scene, regions: Sequence[Tensor], cells: int) -> Tensor:
-        """Features `(R, cells, cells, D)` of the images' regions `(n, 4)`."""
+    def pool_all(self, scene: Scene, regions: Tensor) -> Tensor:
+        """Features `(B R, 7, 7, D)` of the regions `(B, R, 4)`."""
+        image = torch.arange(len(regions), device=regions.device)
+        image = image.unsqueeze(1).expand(regions.shape[:2])
+        return self.pool(scene, regions.flatten(0, 1), image.flatten(), CELLS)
+
+    def pool(self, scene: Scene, regions: Tensor, image: Tensor, cells: int) -> Tensor:
+        """Features `(R, cells, cells, D)` of the regions `(R, 4)`, each of the `image (R,)`."""
         return region_features(
-            scene.maps[: self.levels], scene.strides[: self.levels], regions, cells
+            scene.maps[: self.levels], scene.strides[: self.levels], regions, image, cells
         )
 
     @torch.no_grad()
     def predict(self, scene: Scene) -> list[Predictions]:
         """See `Branch`."""
-        regions = proposals(
+        boxes, valid = proposals(
             self.rpn(scene.maps), nine_anchors(scene), scene, before=1000, limit=1000
         )
-        states = self.head(self.pool(scene, regions, CELLS))
-        counts = [len(r) for r in regions]
-        scores = self.head.logits(states).softmax(-1)[:, :-1].split(counts)
-        deltas = self.head.deltas(states).split(counts)
-        parts = zip(scores, deltas, regions, scene.sizes, strict=True)
-        return [select(*of_image, coder=self.coder) for of_image in parts]
+        states = self.head(self.pool_all(scene, boxes))
+        scores = self.head.logits(states).softmax(-1)[:, :-1].unflatten(0, valid.shape)
+        deltas = self.head.deltas(states).unflatten(0, valid.shape)
+        parts = zip(scores, deltas, boxes, valid, scene.sizes, strict=True)
+        return [
+            select(s[there], d[there], b[there], size, coder=self.coder)
+            for s, d, b, there, size in parts
+        ]
 
 
-def sample_regions(
-    proposed: Sequence[Tensor], boxes: Sequence[Tensor], samples: int, draw: Draw
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What each image learns from: regions `(n, 4)`, at most `samples`, and their owners `(n,)`.
-
-    An image's targets `(T, 4)` come before its proposals `(P, 4)`.
-    """
-    candidates = [torch.cat(pair) for pair in zip(boxes, proposed, strict=True)]
-    owners = [
-        max_iou(c, b, positive=0.5, negative=0.5, minimum=0.5, low_quality=False)
-        for c, b in zip(candidates, boxes, strict=True)
-    ]
-    chosen = [
-        torch.cat(sample(owner, draw, samples, samples // 4)).to(
-            candidates[0].device, non_blocking=True
-        )
-        for owner in on_host(owners)
-    ]
-    regions, owned = (
-        [values[rows] for values, rows in zip(of_images, chosen, strict=True)]
-        for of_images in (candidates, owners)
+def sample_regions(proposed: Proposals, scene: Scene, samples: int, draw: Draw) -> Regions:
+    """At most `samples` regions of each image. Its targets come before its proposals."""
+    # Which target each candidate would learn.
+    boxes, present = scene.padded()
+    candidates = torch.cat([boxes, proposed.boxes], dim=1)
+    valid = torch.cat([present, proposed.valid], dim=1)
+    possible = valid.unsqueeze(-1) & present.unsqueeze(-2)
+    owners = max_iou(
+        candidates, boxes, possible, positive=0.5, negative=0.5, minimum=0.5, low_quality=False
+    ).masked_fill(~valid, IGNORED)
+    # Those drawn; an image with fewer than others gets its first candidate again, ignored.
+    known = owners.cpu().numpy()
+    drawn = [sample(owner, draw, samples, samples // 4) for owner in known]
+    counts = np.array([len(rows) for rows in drawn])
+    there = np.arange(max(counts.max(), 1)) < counts[:, None]
+    table = np.zeros(there.shape, dtype=np.int64)
+    table[there] = np.concatenate(drawn)
+    known = np.where(there, np.take_along_axis(known, table, 1), IGNORED)
+    rows, owner = on_device(np.stack([table, known]), candidates.device).unbind()
+    return Regions(
+        candidates.gather(1, rows.unsqueeze(-1).expand(-1, -1, 4)),
+        owner,
+        positives_of(scene, known),
+        int(counts.sum()),
     )
-    return regions, owned
-
-
-def positive_regions(scene: Scene, owners: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of all images' regions are positive, `(P,)`,
-    with their targets' labels `(P,)` and boxes `(P, 4)`.
-    """
-    pairs = zip(owners, scene.offsets, strict=True)
-    row = torch.cat([torch.where(owner >= 0, owner + first, owner) for owner, first in pairs])
-    positive = (row >= 0).nonzero().squeeze(1)
-    return positive, torch.cat(scene.labels)[row[positive]], torch.cat(scene.boxes)[row[positive]]
 
 
 def region_losses(
-    logits: Tensor, labels: Tensor, boxes: Tensor, targets: Tensor
+    logits: Tensor, labels: Tensor, boxes: Tensor, targets: Tensor, count: int
 ) -> dict[str, Tensor]:
-    """Of all regions' logits `(R, C + 1)` and labels `(R,)`;
+    """Of all regions' logits `(R, C + 1)` and labels `(R,)`, which may be `NO_REGION`;
     of the positives' boxes and targets, `(P, 4)` each.
 
-    Both are divided by the number of regions, positive or not.
+    Both are divided by the `count` of regions, positive or not.
     """
-    count = max(len(labels), 1)
+    count = max(count, 1)
     return {
-        "class": F.cross_entropy(logits, labels, reduction="sum") / count,
+        "class": F.cross_entropy(logits, labels, reduction="sum", ignore_index=NO_REGION) / count,
         "giou": 10 * (1 - giou(boxes, targets)).sum() / count,
     }
 

@@ -23,12 +23,14 @@ from detrellis.schemes.collaborative.scene import Scene
 CODER = Deltas()
 
 
-def assign(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Tensor:
+def assign(
+    anchors: Tensor, per_level: Sequence[int], boxes: Tensor, possible: Tensor | None = None
+) -> Tensor:
     """Positive from an IoU of 0.5, background below 0.4;
     a target's best anchors are positive at any IoU.
     """
     return assigners.max_iou(
-        anchors, boxes, positive=0.5, negative=0.4, minimum=0.0, low_quality=True
+        anchors, boxes, possible, positive=0.5, negative=0.4, minimum=0.0, low_quality=True
     )
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from detrellis.nn.kernels.roi import roi_align
@@ -22,14 +21,11 @@ def region_levels(boxes: Tensor, strides: Sequence[int]) -> Tensor:
 
 
 def region_features(
-    maps: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Tensor], cells: int
+    maps: Sequence[Tensor], strides: Sequence[int], regions: Tensor, image: Tensor, cells: int
 ) -> Tensor:
     """RoIAlign (aligned, as many samples in a cell as it has places):
     `(R, cells, cells, D)` in float32 or better.
 
-    Maps `(B, D, H, W)` of the levels; regions `(n, 4)` xyxy of each image, one image after the
-    other in the result.
+    Maps `(B, D, H, W)` of the levels; regions `(R, 4)` xyxy, each of the `image (R,)`.
     """
-    regions = torch.cat(list(boxes))
-    image = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
     return roi_align(maps, strides, regions, image, region_levels(regions, strides), cells)

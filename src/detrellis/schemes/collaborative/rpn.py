@@ -5,11 +5,12 @@ which anchors hold an object of any class.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from detrellis.losses import bce_loss, l1_loss
 from detrellis.nn.kernels.linear import linear
@@ -22,10 +23,11 @@ from detrellis.schemes.collaborative.dense import (
     assign_usable,
     by_cell,
     conv,
-    gather_positives,
+    positives_of,
     precise,
 )
-from detrellis.schemes.collaborative.scene import Draw, Scene, on_host, rows_where
+from detrellis.schemes.collaborative.scene import Draw, Ints, Scene
+from detrellis.types import on_device
 
 CODER = Deltas()
 SAMPLES = 256  # anchors of an image that learn, up to half of them positive
@@ -61,17 +63,16 @@ def rpn_losses(output: DenseOutput, anchors: Tensor, scene: Scene, draw: Draw) -
     owners = assign_usable(scene, anchors, _assign)
     # What is not sampled is ignored.
     learned = np.full(owners.shape, IGNORED)
-    for row, owner in zip(learned, on_host(owners.unbind()), strict=True):
-        sampled = torch.cat(sample(owner, draw, SAMPLES, SAMPLES // 2)).numpy()
+    for row, owner in zip(learned, owners.cpu().numpy(), strict=True):
+        sampled = sample(owner, draw, SAMPLES, SAMPLES // 2)
         row[sampled] = owner[sampled]
-    learns = torch.from_numpy(np.stack((learned != IGNORED).nonzero()))
-    image, anchor = learns.to(owners.device, non_blocking=True).unbind()
-    owners = torch.from_numpy(learned).to(owners.device, non_blocking=True)
-    positives = gather_positives(scene, owners)
-    count = (
-        positives.per_image().clamp(min=1).sum() + (owners == BACKGROUND).sum(1).clamp(min=1).sum()
-    )
-    logits, target = output.logits.squeeze(-1)[image, anchor], owners[image, anchor] >= 0
+    numbers = [kind.sum(1) for kind in (learned >= 0, learned == BACKGROUND)]
+    count = int(np.maximum(numbers, 1).sum())
+    image, anchor = learns = (learned != IGNORED).nonzero()
+    rows = np.stack([image, anchor, learned[learns] >= 0])
+    image_at, anchor_at, target = on_device(rows, owners.device).unbind()
+    logits = output.logits.squeeze(-1)[image_at, anchor_at]
+    positives = positives_of(scene, learned)
     deltas = CODER.encode(anchors[positives.anchor], positives.box)
     return {
         "rpn_class": bce_loss(logits, target.to(logits)).sum() / count,
@@ -80,23 +81,35 @@ def rpn_losses(output: DenseOutput, anchors: Tensor, scene: Scene, draw: Draw) -
     }
 
 
-def _assign(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Tensor:
-    return max_iou(anchors, boxes, positive=0.7, negative=0.3, minimum=0.3, low_quality=True)
+def _assign(
+    anchors: Tensor, per_level: Sequence[int], boxes: Tensor, possible: Tensor | None = None
+) -> Tensor:
+    return max_iou(
+        anchors, boxes, possible, positive=0.7, negative=0.3, minimum=0.3, low_quality=True
+    )
 
 
-def sample(owner: NDArray[np.int64], draw: Draw, count: int, limit: int) -> tuple[Tensor, Tensor]:
+def sample(owner: Ints, draw: Draw, count: int, limit: int) -> Ints:
     """Indices of `limit` positives of `owner (A,)` or fewer,
-    and of background that fills them up to `count`; all on the host.
+    then of background that fills them up to `count`; all on the host.
     """
-    positive = draw(rows_where(owner >= 0), limit)
-    return positive, draw(rows_where(owner == BACKGROUND), count - len(positive))
+    positive = draw(np.flatnonzero(owner >= 0), limit)
+    background = draw(np.flatnonzero(owner == BACKGROUND), count - len(positive))
+    return np.concatenate([positive, background])
+
+
+class Proposals(NamedTuple):
+    """Boxes that may hold an object, best first."""
+
+    boxes: Tensor  # (B, P, 4) xyxy
+    valid: Tensor  # (B, P) bool; an image with fewer than others ends in what is not
 
 
 @torch.no_grad()
 def proposals(
     output: DenseOutput, anchors: Tensor, scene: Scene, *, before: int, limit: int
-) -> list[Tensor]:
-    """The `limit` best boxes `(n, 4)` of each image, cut to it; may be fewer, or none.
+) -> Proposals:
+    """The `limit` best boxes of each image, cut to it; may be fewer, or none.
 
     The `before` best of each level take part in the NMS, which is level by level.
     """
@@ -114,14 +127,19 @@ def proposals(
     deltas = output.regression.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
     boxes, scores = CODER.decode(anchors[index], deltas), ranked.gather(1, index)
     # Cut to the image, best first; those that are empty then come last.
-    boxes = torch.stack([clip(b, size) for b, size in zip(boxes, scene.sizes, strict=True)])
+    boxes = clip(boxes, scene.sizes)
     valid = (boxes[..., 2:] > boxes[..., :2]).all(-1) & scores.isfinite()
     scores, order = scores.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True)
+    boxes, levels_of = boxes.gather(1, order.unsqueeze(-1).expand_as(boxes)), level_of[order]
     counts = valid.sum(1).tolist()
-    # In each image those apart from better ones. A network that has learned nothing yet leaves most
-    # apart.
-    kept = []
-    for of_image, best, rows, count in zip(boxes, scores, order, counts, strict=True):
-        ranked, levels_of = of_image[rows[:count]], level_of[rows[:count]]
-        kept.append(ranked[nms(ranked, best[:count], levels_of, 0.7, limit, first=3 * limit)])
-    return kept
+    # In each image those apart from better ones: one image after the other, since NMS compares all
+    # with all. A network that has learned nothing yet leaves most apart.
+    kept = [
+        nms(b[:n], s[:n], levels[:n], 0.7, limit, first=3 * limit)
+        for b, s, levels, n in zip(boxes, scores, levels_of, counts, strict=True)
+    ]
+    rows = pad_sequence(kept, batch_first=True)
+    there = np.arange(rows.shape[1]) < np.array([len(k) for k in kept])[:, None]
+    return Proposals(
+        boxes.gather(1, rows.unsqueeze(-1).expand(-1, -1, 4)), on_device(there, boxes.device)
+    )

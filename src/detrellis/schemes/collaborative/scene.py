@@ -1,12 +1,10 @@
-"""What branches see of a step, and what they report:
-in pixels of the network's input, image by image.
-"""
+"""What branches see of a step, and what they report: in pixels of the network's input."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +14,9 @@ from torch import Tensor
 
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.set_loss import ABSENT
-from detrellis.types import Targets
+from detrellis.types import Targets, on_device
+
+Ints = NDArray[np.int64]
 
 
 class Scene(NamedTuple):
@@ -49,17 +49,28 @@ class Scene(NamedTuple):
         """First row of each image among the batch's targets."""
         return tuple(itertools.accumulate((len(b) for b in self.boxes[:-1]), initial=0))
 
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """The targets' boxes `(B, T, 4)`, with zeros behind those of an image that has fewer than
+        others, and which of them are there, `(B, T)` bool. `T` is at least 1."""
+        counts = np.array([len(b) for b in self.boxes])
+        column = np.arange(max(counts.max(), 1))
+        present = column < counts[:, None]
+        # What is not there is read from a row of zeros, behind all others.
+        rows = np.where(present, np.array(self.offsets)[:, None] + column, counts.sum())
+        index, there = on_device(np.stack([rows, present]), self.boxes[0].device).unbind()
+        return F.pad(torch.cat(self.boxes), (0, 0, 0, 1))[index], there.bool()
+
 
 class BranchAssignment(NamedTuple):
-    """What a branch assigned in one image: where positive queries come from.
+    """What a branch assigned in each image of a batch: where positive queries come from.
 
     `A` anchors or regions, in order of their cells; several may share a cell's features.
     """
 
-    boxes: Tensor  # (A, 4) xyxy, constant
-    owner: Tensor  # (A,) row of the image's targets, or BACKGROUND, or IGNORED
-    features: Tensor  # (F, D), A a multiple of F
-    logits: Tensor  # (A, C) of the classes; softmax has one more, "no object"
+    boxes: Tensor  # (B, A, 4) xyxy, constant
+    owner: Tensor  # (B, A) row of the image's targets, or BACKGROUND, or IGNORED
+    features: Tensor  # (B, F, D), A a multiple of F
+    logits: Tensor  # (B, A, C) of the classes; softmax has one more, "no object"
 
 
 class Predictions(NamedTuple):
@@ -70,32 +81,24 @@ class Predictions(NamedTuple):
     boxes: Tensor  # (K, 4) xyxy in pixels of the network's input
 
 
-# (indices (n,), k) to at most k of them, in order.
-Draw = Callable[[Tensor, int], Tensor]
+# (indices (n,), k) to at most k of them, in order; on the host.
+Draw = Callable[[Ints, int], Ints]
 
 
 def random_draw(generator: torch.Generator) -> Draw:
-    """Draws without repetition, on the host: the same on every device."""
+    """Draws without repetition, on the host: the same on every device.
 
-    def draw(indices: Tensor, k: int) -> Tensor:
+    By numpy, which draws few of many without a permutation of all: background has 10,000s.
+    """
+    seed = torch.randint(2**62, (1,), generator=generator).numpy()
+    random = np.random.Generator(np.random.PCG64(seed))
+
+    def draw(indices: Ints, k: int) -> Ints:
         if len(indices) <= k:
             return indices
-        chosen = torch.randperm(len(indices), generator=generator)[:k].sort().values
-        return indices[chosen.to(indices.device, non_blocking=True)]
+        return indices[np.sort(random.choice(len(indices), k, replace=False, shuffle=False))]
 
     return draw
-
-
-def on_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
-    """Tensors `(n,)` of one type on the host, in one copy: what is looked for in them there needs
-    no further wait for the device."""
-    ends = np.cumsum([len(t) for t in tensors])
-    return np.split(torch.cat(list(tensors)).cpu().numpy(), ends[:-1])
-
-
-def rows_where(mask: NDArray[np.bool_]) -> Tensor:
-    """The rows of `mask (n,)` that are true, in order, on the host."""
-    return torch.from_numpy(np.flatnonzero(mask))
 
 
 def make_scene(
