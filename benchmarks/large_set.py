@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,8 @@ from detrellis.recipes import find_recipe
 
 # Pictures that there really are, their pixels, boxes of each: COCO's average
 FILES, SIDE, BOXES = 32, 64, 7
-BATCH, WORKERS, LOOKS = 50, 2, 10
+BATCH, WORKERS, LOOKS = 50, 2, 40
+TENTH = LOOKS // 10
 CORNERS = [
     # Around the middle of a box of 20 by 24 pixels
     (10 + 10 * math.cos(a * math.pi / 6), 12 + 12 * math.sin(a * math.pi / 6))
@@ -148,10 +150,14 @@ def run(args: argparse.Namespace) -> list[Row]:
         end="",
     )
     print(", ".join(f"{megabytes:.0f}" for megabytes in memory))
-    growth = max(memory[1:]) / memory[0]
+    # Of several looks, since one may see a worker while it holds a picture, or while it does not
+    first, last = statistics.mean(memory[:TENTH]), statistics.mean(memory[-TENTH:])
+    print(
+        f"{first:.1f} MB in the first tenth, {last:.1f} MB in the last, {max(memory):.1f} at most"
+    )
     return [
         Row("to the first step, CPU time", cpu, 20, "s"),
-        Row("workers' memory, most of the epoch against its first tenth", growth, 1.05, "x"),
+        Row("workers' memory, last tenth of an epoch against its first", last / first, 1.05, "x"),
     ]
 
 
