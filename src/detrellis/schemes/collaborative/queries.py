@@ -20,7 +20,7 @@ from detrellis.boxes import inverse_sigmoid, xyxy_to_cxcywh
 from detrellis.nn.mlp import xavier_linear
 from detrellis.nn.position import sine_embed
 from detrellis.schemes.collaborative.assigners import BACKGROUND
-from detrellis.schemes.collaborative.scene import BranchAssignment, Draw
+from detrellis.schemes.collaborative.scene import BranchAssignment, Draw, below_each_other
 from detrellis.types import Queries, on_device
 
 MIN_QUERIES = 9  # queries of a branch, even where an image has no positive
@@ -67,10 +67,7 @@ def choose(
             for rows, owner in zip(drawn, owners, strict=True)
         ]
         anchors = [np.concatenate(pair) for pair in zip(drawn, others, strict=True)]
-    counts = [len(rows) for rows in drawn]
-    filled = np.arange(slots) < np.array([len(rows) for rows in anchors])[:, None]
-    table = np.zeros(filled.shape, dtype=np.int64)
-    table[filled] = np.concatenate(anchors)
+    table, filled = below_each_other(anchors, slots)
     # Their boxes, normalised, and the features of their cells, which several anchors may share.
     device = sizes.device
     index = on_device(table, device).unsqueeze(-1)
@@ -84,10 +81,11 @@ def choose(
         boxes = boxes.masked_fill(unused.unsqueeze(-1), 0.5)
         features = features.masked_fill(unused.unsqueeze(-1), 0)
     # Which slots hold positives, and which target each learns.
+    counts = tuple(len(rows) for rows in drawn)
     image, slot = (np.arange(slots) < np.array(counts)[:, None]).nonzero()
     targets = np.array(offsets)[image] + owners[image, table[image, slot]]
     in_image, in_slot, target = on_device(np.stack([image, slot, targets]), device).unbind()
-    return Chosen(boxes, features, in_image, in_slot, target, unused, tuple(counts))
+    return Chosen(boxes, features, in_image, in_slot, target, unused, counts)
 
 
 class PositiveQueries(nn.Module):

@@ -19,7 +19,13 @@ from detrellis.schemes.collaborative.coder import Deltas, clip
 from detrellis.schemes.collaborative.dense import Positives, positives_of, precise
 from detrellis.schemes.collaborative.roi import region_features
 from detrellis.schemes.collaborative.rpn import RPN, Proposals, proposals, rpn_losses, sample
-from detrellis.schemes.collaborative.scene import BranchAssignment, Draw, Predictions, Scene
+from detrellis.schemes.collaborative.scene import (
+    BranchAssignment,
+    Draw,
+    Predictions,
+    Scene,
+    below_each_other,
+)
 from detrellis.types import on_device
 
 CODER = Deltas(0.1, 0.2)
@@ -189,17 +195,14 @@ def sample_regions(proposed: Proposals, scene: Scene, samples: int, draw: Draw) 
     # Those drawn; an image with fewer than others gets its first candidate again, ignored.
     known = owners.cpu().numpy()
     drawn = [sample(owner, draw, samples, samples // 4) for owner in known]
-    counts = np.array([len(rows) for rows in drawn])
-    there = np.arange(max(counts.max(), 1)) < counts[:, None]
-    table = np.zeros(there.shape, dtype=np.int64)
-    table[there] = np.concatenate(drawn)
+    table, there = below_each_other(drawn, max(1, *map(len, drawn)))
     known = np.where(there, np.take_along_axis(known, table, 1), IGNORED)
     rows, owner = on_device(np.stack([table, known]), candidates.device).unbind()
     return Regions(
         candidates.gather(1, rows.unsqueeze(-1).expand(-1, -1, 4)),
         owner,
         positives_of(scene, known),
-        int(counts.sum()),
+        sum(map(len, drawn)),
     )
 
 

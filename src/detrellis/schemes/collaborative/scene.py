@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -99,6 +99,15 @@ def random_draw(generator: torch.Generator) -> Draw:
         return indices[np.sort(random.choice(len(indices), k, replace=False, shuffle=False))]
 
     return draw
+
+
+def below_each_other(rows: Sequence[Ints], columns: int) -> tuple[Ints, NDArray[np.bool_]]:
+    """Numbers of each image in a table `(B, columns)` with zeros behind them, and which of it they
+    fill."""
+    there = np.arange(columns) < np.array([len(r) for r in rows])[:, None]
+    table = np.zeros(there.shape, dtype=np.int64)
+    table[there] = np.concatenate(rows)
+    return table, there
 
 
 def make_scene(
