@@ -68,8 +68,8 @@ def test_plan_of_schemes(shapes: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "names"),
     [
-        ("tiny", ["cdn", "cdn+align=1", "cdn+stable", "cdn+group=3"]),
-        ("deformable-detr-r50", ["none", "align=1", "stable", "group=3"]),
+        ("tiny", ["cdn", "cdn+stable", "cdn+align=1", "cdn+group=3"]),
+        ("deformable-detr-r50", ["none", "stable", "align=1", "group=3"]),
         ("stable-dino-r50", ["cdn+stable", "cdn+stable+group=3"]),
         ("detr-r50", ["none", "group=3"]),
     ],

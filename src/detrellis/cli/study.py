@@ -157,7 +157,7 @@ def compare(
         typer.Option(
             help=(
                 "Rows, with commas between; the schemes of a row with +. The first is the "
-                "baseline. Default: the recipe's own, and with each of align=1, stable and group=3 "
+                "baseline. Default: the recipe's own, and with each of stable, align=1 and group=3 "
                 "that it can have."
             )
         ),
@@ -175,7 +175,7 @@ def compare(
     same command again goes on with what was stopped. Exit code: 0 all runs finished, 1 some did
     not, 2 wrong use.
 
-    Example: detrellis compare small --data my_data --schemes cdn,cdn+align=1,cdn+stable
+    Example: detrellis compare small --data my_data --schemes cdn,cdn+stable,cdn+align=1
     --epochs 12
     """
     choose_recipe(recipe, trials.scale, (), override or ())

@@ -23,7 +23,7 @@ VOC = "The paper's AP is Pascal VOC's, at IoU 0.5: compare it with AP50"
 Equal = Literal["epochs", "time"]  # what all rows of a study have in common
 LISTS = ("co",)  # schemes whose own value has + in it: co=atss+rcnn
 # What a study adds where nobody names rows: docs/results.md
-USUAL = ("align=1", "stable", "group=3")
+USUAL = ("stable", "align=1", "group=3")
 
 
 def parse_rows(text: str) -> list[list[str]]:
