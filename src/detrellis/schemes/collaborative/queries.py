@@ -70,11 +70,12 @@ def choose(
     table, filled = below_each_other(anchors, slots)
     # Their boxes, normalised, and the features of their cells, which several anchors may share.
     device = sizes.device
-    index = on_device(table, device).unsqueeze(-1)
-    boxes = assigned.boxes.gather(1, index.expand(-1, -1, 4))
+    index, images = on_device(table, device), torch.arange(len(table), device=device).unsqueeze(1)
+    boxes = assigned.boxes[images, index]
     boxes = xyxy_to_cxcywh(boxes) / sizes.flip(-1).repeat(1, 2).unsqueeze(1).to(boxes)
     cells = index // (assigned.boxes.shape[1] // assigned.features.shape[1])
-    features = assigned.features.gather(1, cells.expand(-1, -1, assigned.features.shape[-1]))
+    # By index, whose gradient is a sum in one order on GPUs too; `gather`'s is not.
+    features = assigned.features[images, cells]
     unused = None
     if not filled.all():
         unused = on_device(~filled, device)

@@ -52,12 +52,12 @@ class Scene(NamedTuple):
     def padded(self) -> tuple[Tensor, Tensor]:
         """The targets' boxes `(B, T, 4)`, with zeros behind those of an image that has fewer than
         others, and which of them are there, `(B, T)` bool. `T` is at least 1."""
-        counts = np.array([len(b) for b in self.boxes])
-        column = np.arange(max(counts.max(), 1))
-        present = column < counts[:, None]
+        counts = [len(b) for b in self.boxes]
+        own = [np.arange(n) + first for n, first in zip(counts, self.offsets, strict=True)]
+        table, present = below_each_other(own, max(1, *counts))
         # What is not there is read from a row of zeros, behind all others.
-        rows = np.where(present, np.array(self.offsets)[:, None] + column, counts.sum())
-        index, there = on_device(np.stack([rows, present]), self.boxes[0].device).unbind()
+        rows = np.stack([np.where(present, table, sum(counts)), present])
+        index, there = on_device(rows, self.boxes[0].device).unbind()
         return F.pad(torch.cat(self.boxes), (0, 0, 0, 1))[index], there.bool()
 
 
