@@ -64,6 +64,8 @@ def overrides(recipe: Recipe) -> list[str]:
             *SMALL_EVA,
             *(text for text in SMALLEST if not text.startswith("detector.backbone.")),
         ]
+    if recipe.detector.encoder.kind == "hybrid":
+        changes = [*changes, "detector.encoder.blocks=1"]
     schemes = recipe.schemes
     groups = [] if schemes.group is None else ["schemes.group.k=2"]
     return [*changes, *groups, *([] if schemes.cdn is None else ["schemes.cdn.number=20"])]

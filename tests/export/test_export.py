@@ -62,6 +62,14 @@ FAMILIES = [
     *("cascade_dino_r50", "focus_detr_r50", "relation_dino_r50", "salience_detr_r50"),
     *("co_dino_vit_l", "lwdetr_tiny", "ms_deformable_detr_r50", "rfdetr_nano"),
 ]
+# Which tests below trace or export for other reasons
+TRACED_BELOW = {
+    "small",
+    "detr_r50",
+    "deformable_detr_r50",
+    "sam_detr_plus_r50_smca_dn",
+    "salience_detr_r50",
+}
 SIZE = (96, 64)
 CLASS_MAP = ClassMap(tuple(range(CLASSES)), tuple(f"class {i}" for i in range(CLASSES)))
 
@@ -111,11 +119,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "small"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in TRACED_BELOW])
 def test_every_family_can_be_traced(name: str) -> None:
-    """What it then detects takes half a minute each: `tests/soak/test_export.py`.
-    `small` is traced and compared below.
-    """
+    """What it then detects takes half a minute each: `tests/soak/test_export.py`."""
     recipe = of_one_size(name)
     model = Model(build(recipe, CLASSES).detector, recipe, CLASS_MAP, torch.device("cpu"))
     with _quiet():
