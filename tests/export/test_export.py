@@ -62,7 +62,7 @@ FAMILIES = [
     *("cascade_dino_r50", "focus_detr_r50", "relation_dino_r50", "salience_detr_r50"),
     *("co_dino_vit_l", "lwdetr_tiny", "ms_deformable_detr_r50", "rfdetr_nano"),
 ]
-# Which tests below trace or export for other reasons
+# What tests below trace or export anyway.
 TRACED_BELOW = {
     "small",
     "detr_r50",
@@ -194,6 +194,7 @@ def test_no_part_samples_for_tensorrt(name: str) -> None:
     model = Model(build(recipe, CLASSES).detector, recipe, CLASS_MAP, torch.device("cpu"))
     with _quiet(), gathers():
         program = _traced(_graph(model, False), recipe, SIZE)
+    assert program_sides(program) == SIZE
     assert not [node for node in program.graph.nodes if "grid_sampl" in str(node.target)]
 
 
