@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import tempfile
 import time
 import traceback
 import warnings
@@ -83,6 +84,8 @@ def _work(attempt: Try, seeds: Sequence[int], folder: Path, out: Connection) -> 
     for number in (signal.SIGALRM, signal.SIGPROF):
         signal.signal(number, _too_long)
     warnings.simplefilter("ignore")
+    # A process that may be killed does not tidy up: what it leaves goes with the test's folder.
+    tempfile.tempdir = tempfile.mkdtemp(prefix="shared-", dir=folder)
     for seed in seeds:
         out.send(_one(attempt, seed, folder / str(seed)))
     out.close()
