@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from tests.export.test_export import FAMILIES, detects_the_same, pictures, saved
+from tests.export.test_export import FAMILIES, detects_the_same, operations, pictures, saved
 
 __all__ = ["pictures"]
 
@@ -21,4 +21,13 @@ def test_every_family_detects_the_same(
     pictures: Path,
     tmp_path: Path,
 ) -> None:
-    detects_the_same(saved(name, tmp_path / "run"), pictures, tensorrt=tensorrt)
+    run = saved(name, tmp_path / "run")
+    detects_the_same(run, pictures, tensorrt=tensorrt)
+    if tensorrt:
+        assert "GridSample" not in operations(run)
+
+
+def test_other_runtimes_have_grid_samples(pictures: Path, tmp_path: Path) -> None:
+    run = saved("small", tmp_path / "run")
+    detects_the_same(run, pictures)
+    assert "GridSample" in operations(run)
