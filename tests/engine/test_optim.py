@@ -80,6 +80,14 @@ def test_cosine_schedule_with_warmup() -> None:
     assert schedule_factor(100, 100, config) == pytest.approx(0.2)
 
 
+def test_a_flat_part_before_the_cosine_holds_the_warmup() -> None:
+    config = ScheduleConfig(shape="cosine", warmup=0.1, flat=0.5, final=0.2)
+    assert schedule_factor(5, 100, config) == pytest.approx(0.5)
+    assert [schedule_factor(step, 100, config) for step in (10, 30, 50)] == pytest.approx([1, 1, 1])
+    assert schedule_factor(75, 100, config) == pytest.approx(0.6)
+    assert schedule_factor(100, 100, config) == pytest.approx(0.2)
+
+
 def test_a_warmup_in_steps_does_not_follow_the_length_of_the_run() -> None:
     config = ScheduleConfig(shape="cosine", warmup_steps=10)
     for steps in (20, 1000):

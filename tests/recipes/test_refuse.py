@@ -79,6 +79,13 @@ def test_a_warmup_is_a_fraction_or_steps() -> None:
     )
 
 
+def test_a_flat_part_belongs_to_a_cosine() -> None:
+    assert refused(small("tiny").override("schedule.flat=0.5")) is None
+    said = refused(small("tiny").override(["schedule.flat=0.5", "schedule.shape=step"]))
+    assert said is not None
+    assert "schedule.flat=0.5" in said
+
+
 @pytest.mark.parametrize(
     ("name", "other"),
     [

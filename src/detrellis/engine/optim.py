@@ -98,7 +98,8 @@ def schedule_factor(step: float, steps: int, config: ScheduleConfig) -> float:
         return progress / warmup
     if config.shape == "step":
         return float(0.1 ** sum(progress >= drop for drop in config.drops))
-    along = (progress - warmup) / max(1 - warmup, 1e-9)
+    begin = max(warmup, config.flat)
+    along = max(progress - begin, 0.0) / max(1 - begin, 1e-9)
     return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * along))
 
 

@@ -106,6 +106,8 @@ class ScheduleConfig(Config):
     shape: Literal["step", "cosine"] = "step"
     # Step: where the rate is multiplied by 0.1
     drops: Annotated[tuple[Fraction, ...], Ascending] = (0.8,)
+    # Cosine: part of the run before the rate falls, warmup included (DEIM's flat cosine)
+    flat: ZeroToBelowOne = 0.0
     final: ZeroToOne = 0.0  # cosine: last rate relative to the first
     eval_every: Count = 1  # epochs between two evaluations; the last epoch is always evaluated
     keep_every: CountOrNone = 0  # epochs between two weights files kept as epochs/NNNN; 0: none

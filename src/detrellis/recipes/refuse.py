@@ -203,6 +203,12 @@ def _refuse_schedule(recipe: Recipe) -> None:
             "set the warm-up",
             "Take -o schedule.warmup=0, or -o schedule.warmup_steps=0.",
         )
+    if schedule.flat and schedule.shape != "cosine":
+        raise UserError(
+            f"schedule.flat={schedule.flat:g} is where a cosine begins to fall, and "
+            f"schedule.shape={schedule.shape} has none",
+            "Take -o schedule.shape=cosine, or say where the rate drops: -o 'schedule.drops=[0.8]'.",
+        )
 
 
 def _refuse_augmentation(recipe: Recipe) -> None:
