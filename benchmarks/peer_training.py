@@ -1,7 +1,7 @@
 """transformers' RT-DETR, of the size of `small` and on the same pretrained features, trained as
 `small` is: the peer of docs/experiments/small.md.
 
-    python benchmarks/peer_training.py DATA [--epochs 12] [--lr 4e-4] [--scratch] [--seed 0] [-o FIELD=VALUE]
+    python benchmarks/peer_training.py DATA [--epochs 12] [--scratch] [--seed 0] [-o FIELD=VALUE]
 
 Its network, losses, matching and denoising are transformers'. The images, their augmentation and
 order, the optimizer, the schedule, the averaged weights and the evaluation are those that
@@ -115,7 +115,7 @@ def train(
     peer: Peer, train_set: Annotations, val_set: Annotations, args: argparse.Namespace
 ) -> None:
     """Train and evaluate it as a run of `small` would be."""
-    changes = [f"schedule.epochs={args.epochs}", f"optim.lr={args.lr}", *args.override]
+    changes = [f"schedule.epochs={args.epochs}", *args.override]
     recipe = starting_from(find_recipe("small").override(changes))[0]
     optim, schedule, data = recipe.optim, recipe.schedule, recipe.data
     # The same batches in the same order.
@@ -169,7 +169,6 @@ def main() -> None:
     )
     parser.add_argument("data")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scratch", action="store_true", help="random weights")
     parser.add_argument(

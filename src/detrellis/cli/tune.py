@@ -67,7 +67,7 @@ def tune(
     trials is flattered by the images that chose it: train it with other seeds before you believe
     the gain. Exit code: 0 all trials ended, 1 some failed or were stopped, 2 wrong use.
 
-    Example: detrellis tune small --data my_data --search optim.lr=1e-4..1e-3:log --search
+    Example: detrellis tune small --data my_data --search optim.lr=3e-4..3e-3:log --search
     schemes=none,align
     """
     chosen = choose_recipe(recipe, runs.scale, (), override or ())
