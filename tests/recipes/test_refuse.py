@@ -84,6 +84,10 @@ def test_a_flat_part_belongs_to_a_cosine() -> None:
     said = refused(small("tiny").override(["schedule.flat=0.5", "schedule.shape=step"]))
     assert said is not None
     assert "schedule.flat=0.5" in said
+    # The remedy works: `small` has a flat part of its own, which a step has to switch off.
+    assert "schedule.flat=0," in said
+    assert refused(small("small").override("schedule.shape=step")) is not None
+    assert refused(small("small").override(["schedule.shape=step", "schedule.flat=0"])) is None
 
 
 @pytest.mark.parametrize(

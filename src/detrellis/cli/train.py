@@ -89,7 +89,7 @@ def train(
     """Train a recipe on a data set. Ctrl-C saves and stops;
     --resume goes on. Under torchrun it uses all processes.
 
-    Example: detrellis train small --data my_data --epochs auto -o optim.lr=2e-4
+    Example: detrellis train small --data my_data --epochs auto -o schedule.patience=5
     """
     # A misspelt word, or data that are not there, are told before torch is imported.
     if resume is not None:

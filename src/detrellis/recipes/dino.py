@@ -87,7 +87,7 @@ def small() -> Recipe:
         update={
             "name": "small",
             "about": about,
-            # What features bring is lost at a lower rate: docs/experiments/small.md.
+            # On features the rate of `tiny` ends lower: docs/experiments/small.md.
             "optim": recipe.optim.replace(lr=1e-3),
             "schedule": recipe.schedule.replace(flat=0.5),
         }

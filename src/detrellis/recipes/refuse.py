@@ -207,7 +207,7 @@ def _refuse_schedule(recipe: Recipe) -> None:
         raise UserError(
             f"schedule.flat={schedule.flat:g} is where a cosine begins to fall, and "
             f"schedule.shape={schedule.shape} has none",
-            "Take -o schedule.shape=cosine, or say where the rate drops: -o 'schedule.drops=[0.8]'.",
+            "Take -o schedule.flat=0, or -o schedule.shape=cosine.",
         )
 
 
