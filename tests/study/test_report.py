@@ -266,8 +266,21 @@ def test_caveats_say_what_the_figures_do_not_show(tmp_path: Path) -> None:
     )
     text = " ".join(caveats(found))
     assert "Two seeds:" in text
-    assert "still gains 10.0 AP in the last fifth" in text
+    assert "still gains 10.0 AP in the last 1 of its 5 epochs" in text
     assert "lower bound" not in text
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "told"),
+    [(20.0, 26.0, "still gains 6.0 AP in the last 5 of its 10 epochs"), (20.0, 22.0, None)],
+)
+def test_what_a_seldom_evaluated_run_still_gains(
+    tmp_path: Path, first: float, last: float, told: str | None
+) -> None:
+    curve = [None, None, None, None, first, None, None, None, None, last]
+    rows = {"none": [curve, curve], "align": [curve, curve]}
+    text = " ".join(caveats(study(tmp_path, rows, {"none": 16, "align": 16})))
+    assert told in text if told else "still gains" not in text
 
 
 def test_what_duplicates_cost(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from detrellis.study.report import RowResult, StudyReport
 from detrellis.study.results import Estimate
 
 HARDLY = 5.0  # AP in percent below which a detector has hardly learned anything
-RISING = 1.0  # AP gained in the last fifth of a run that is not over yet
+RISING = 1.0  # AP that a fifth of a run gains while it is not over yet
 
 
 def recommend(report: StudyReport) -> str:
@@ -145,10 +145,12 @@ def _of_budget(report: StudyReport) -> list[str]:
                 "and differences at this stage say little about longer runs. Give it more "
                 "--epochs."
             )
-        elif (rise := _late_rise(base)) is not None and rise > RISING:
+        elif (late := _late_rise(base)) is not None:
+            rise, epochs = late
             sentences.append(
-                f"{base.name} still gains {rise:.1f} AP in the last fifth of its epochs: who "
-                "learns faster is ahead here, and need not be after a longer run."
+                f"{base.name} still gains {rise:.1f} AP in the last {epochs} of its "
+                f"{base.curve[-1][0]} epochs: who learns faster is ahead here, and need not be "
+                "after a longer run."
             )
     if report.plan.pace is not None:
         sentences.append(
@@ -177,11 +179,17 @@ def _of_duplicates(report: StudyReport) -> list[str]:
     ]
 
 
-def _late_rise(row: RowResult) -> float | None:
-    """The AP that was gained over the last fifth of the epochs."""
+def _late_rise(row: RowResult) -> tuple[float, int] | None:
+    """The AP gained since the last evaluation before the last fifth of the epochs, and how many
+    epochs that is; None where a fifth gained less than `RISING` of it on average.
+    """
     last, ap = row.curve[-1]
-    before = [value for epoch, value in row.curve if epoch <= 0.8 * last]
-    return ap - before[-1] if before else None
+    before = [(epoch, value) for epoch, value in row.curve if epoch <= 0.8 * last]
+    if not before:
+        return None
+    epoch, value = before[-1]
+    rise, epochs = ap - value, last - epoch
+    return (rise, epochs) if rise * 0.2 * last / epochs > RISING else None
 
 
 def _of_setting(report: StudyReport) -> list[str]:
