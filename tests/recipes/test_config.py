@@ -302,7 +302,9 @@ def test_any_recipe_can_be_made_tiny() -> None:
             model = build(recipe, 3)
         assert sum(p.numel() for p in model.detector.parameters()) < 8e6, recipe.name
         assert recipe.schemes == make().schemes
-        assert recipe.optim.lr == (1e-4 if recipe.detector.encoder.kind == "dense" else 4e-4)
+        dense = recipe.detector.encoder.kind == "dense"
+        assert recipe.optim.lr == (1e-4 if dense else 1e-3), recipe.name
+        assert recipe.schedule.flat == (0 if dense else 0.5), recipe.name
         weights = (recipe.loss.mask, recipe.loss.dice, recipe.loss.points)
         assert recipe.detector.masks is None or weights == (1.0, 1.0, 256), recipe.name
         assert recipe.detector.queries.boxes_from_masks is None, recipe.name

@@ -71,6 +71,8 @@ THEN = {
         "data.match_orientation=false",
         "data.group_by_aspect=false",
         "detector.size_divisor=1",
+        "optim.lr=4e-4",
+        "schedule.flat=0",
     ],
     "stable-dino-r50": ["detector.encoder.fusion=false"],
 }
@@ -309,7 +311,7 @@ def test_older_runs_keep_the_statistics_that_they_were_trained_with(stored: Path
 def test_a_study_goes_on(stored: Path, tmp_path: Path) -> None:
     source = resolve(write_shapes(tmp_path / "shapes", train=4, val=2, size=(64, 64)))
     plan = plan_schemes(
-        "tiny", "none,align+co", source, seeds=(0,), epochs=4, override=OF_THE_STUDY + THEN["tiny"]
+        "tiny", "none,align+co", source, seeds=(0,), epochs=4, override=THEN["tiny"] + OF_THE_STUDY
     )
     file = stored / "study" / "plan.json"
     old = json.loads(file.read_text())

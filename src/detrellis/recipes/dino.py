@@ -82,16 +82,7 @@ def small() -> Recipe:
     what to begin with on a few hundred pictures.
     """
     about = "small DINO for CPUs and small data, on ImageNet features"
-    recipe = small_sized(dino_r50())
-    return recipe.model_copy(
-        update={
-            "name": "small",
-            "about": about,
-            # On features the rate of `tiny` ends lower: docs/experiments/small.md.
-            "optim": recipe.optim.replace(lr=1e-3),
-            "schedule": recipe.schedule.replace(flat=0.5),
-        }
-    )
+    return small_sized(dino_r50()).model_copy(update={"name": "small", "about": about})
 
 
 RECIPES: Recipes = {
