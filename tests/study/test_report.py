@@ -266,13 +266,13 @@ def test_caveats_say_what_the_figures_do_not_show(tmp_path: Path) -> None:
     )
     text = " ".join(caveats(found))
     assert "Two seeds:" in text
-    assert "still gains 10.0 AP in the last 1 of its 5 epochs" in text
+    assert "still gains 10.0 AP after epoch 4 of 5:" in text
     assert "lower bound" not in text
 
 
 @pytest.mark.parametrize(
     ("first", "last", "told"),
-    [(20.0, 26.0, "still gains 6.0 AP in the last 5 of its 10 epochs"), (20.0, 22.0, None)],
+    [(20.0, 26.0, "still gains 6.0 AP after epoch 5 of 10:"), (20.0, 22.0, None)],
 )
 def test_what_a_seldom_evaluated_run_still_gains(
     tmp_path: Path, first: float, last: float, told: str | None

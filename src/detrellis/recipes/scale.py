@@ -47,7 +47,7 @@ def tiny_sized(recipe: Recipe) -> Recipe:
             "loss": loss.model_copy(
                 update={"classes": classes} | ({} if masks is None else MASK_LOSSES)
             ),
-            # Ten times the papers' rate, up for half of the run: docs/experiments/small.md. Dense
+            # Ten times the papers' rate, up for half of the run: docs/experiments/rate.md. Dense
             # attention learns at theirs, hardly at four times of it: docs/experiments/sam-detr.md.
             "optim": OptimConfig(lr=1e-4 if dense else 1e-3, scaled={}, batch_size=8, ema=0.999),
             "schedule": ScheduleConfig(

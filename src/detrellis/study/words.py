@@ -146,11 +146,11 @@ def _of_budget(report: StudyReport) -> list[str]:
                 "--epochs."
             )
         elif (late := _late_rise(base)) is not None:
-            rise, epochs = late
+            rise, epoch = late
             sentences.append(
-                f"{base.name} still gains {rise:.1f} AP in the last {epochs} of its "
-                f"{base.curve[-1][0]} epochs: who learns faster is ahead here, and need not be "
-                "after a longer run."
+                f"{base.name} still gains {rise:.1f} AP after epoch {epoch} of "
+                f"{base.curve[-1][0]}: who learns faster is ahead here, and need not be after a "
+                "longer run."
             )
     if report.plan.pace is not None:
         sentences.append(
@@ -180,16 +180,16 @@ def _of_duplicates(report: StudyReport) -> list[str]:
 
 
 def _late_rise(row: RowResult) -> tuple[float, int] | None:
-    """The AP gained since the last evaluation before the last fifth of the epochs, and how many
-    epochs that is; None where a fifth gained less than `RISING` of it on average.
+    """The AP gained since the last evaluation before the last fifth of the epochs, and the epoch
+    of that; None where a fifth gained less than `RISING` of it on average.
     """
     last, ap = row.curve[-1]
     before = [(epoch, value) for epoch, value in row.curve if epoch <= 0.8 * last]
     if not before:
         return None
     epoch, value = before[-1]
-    rise, epochs = ap - value, last - epoch
-    return (rise, epochs) if rise * 0.2 * last / epochs > RISING else None
+    rise, fifths = ap - value, 5 * (last - epoch) / last
+    return (rise, epoch) if rise / fifths > RISING else None
 
 
 def _of_setting(report: StudyReport) -> list[str]:
