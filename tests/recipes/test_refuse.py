@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from detrellis.errors import UserError
-from detrellis.recipes import network
+from detrellis.recipes import choose_recipe, network
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
 from detrellis.schemes.config import SchemesConfig
 
-from ..small import CLASSES, small
+from ..small import CLASSES, shrink, small
 
 NETWORKS = (
     "tiny",
@@ -68,6 +68,30 @@ def test_schemes_and_losses_that_cannot_be_are_named(
     said = refused(plain.override("detector.iou_branch=root"))
     assert (said is not None) == (name in SOFTMAX)
     assert said is None or "scores=softmax and iou_branch=root" in said
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dials", "loss"),
+    [
+        ("cdn", [], "vfl"),
+        ("stable", [], "focal"),
+        ("stable", ["schemes.stable.supervised=false"], "vfl"),
+        ("align", ["schemes.align.classification=base"], "vfl"),
+        ("align", ["schemes.align.classification=base", "loss.classification=mal"], "mal"),
+    ],
+)
+def test_a_scheme_takes_the_place_of_the_loss_where_it_sets_the_target(
+    scheme: str, dials: list[str], loss: str
+) -> None:
+    chosen = choose_recipe("small", scheme=scheme, override=dials)
+    assert (chosen.loss.classification, refused(shrink(chosen))) == (loss, None)
+
+
+def test_a_loss_and_a_scheme_that_both_set_the_target_are_refused() -> None:
+    chosen = choose_recipe("small", scheme="stable", override="loss.classification=vfl")
+    said = refused(shrink(chosen))
+    assert said is not None
+    assert "loss.classification=vfl and scheme stable both set" in said
 
 
 def test_a_warmup_is_a_fraction_or_steps() -> None:

@@ -77,7 +77,7 @@ def choose_recipe(
     chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
     if scale is not None:
         chosen = tiny_sized(chosen)
-    return chosen.with_schemes(scheme).override(override)
+    return chosen.with_schemes(scheme, override)
 
 
 def find_recipe(name: str) -> Recipe:

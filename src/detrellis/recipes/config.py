@@ -167,12 +167,14 @@ class Recipe(Config):
             assign(data, type(self), text)
         return self.checked(data)
 
-    def with_schemes(self, names: str | Sequence[str]) -> Recipe:
-        """A copy with more training schemes:
-        `"cdn=50"`, or several; `"none"` takes away those before it.
+    def with_schemes(
+        self, names: str | Sequence[str], override: str | Sequence[str] = ()
+    ) -> Recipe:
+        """A copy with more training schemes: `"cdn=50"`, or several; `"none"` takes away those
+        before it. `override`: assignments to apply to it, the schemes' dials among them.
 
-        One that sets what classes learn takes the place of `loss.classification`, of which nothing
-        is left to do.
+        One that sets what classes learn takes the place of the recipe's `loss.classification`, of
+        which nothing is left to do; with a dial that leaves it to the recipe, it does not.
         """
         chosen = self.schemes.model_dump()
         for text in (
@@ -192,10 +194,12 @@ class Recipe(Config):
                 SchemesConfig.checked({name: chosen[name]})
             except UserError as error:
                 raise UserError(f"--scheme {text}: schemes.{error.message}", _form(name)) from None
-        schemes = SchemesConfig.checked(chosen)
-        replaced = schemes.target_setters and not self.schemes.target_setters
-        loss = self.loss.replace(classification="focal") if replaced else self.loss
-        return self.model_copy(update={"schemes": schemes, "loss": loss})
+        more = self.model_copy(update={"schemes": SchemesConfig.checked(chosen)})
+        dialled = more.override(override)
+        if self.schemes.target_setters or not dialled.schemes.target_setters:
+            return dialled
+        loss = self.loss.replace(classification="focal")
+        return more.model_copy(update={"loss": loss}).override(override)
 
 
 # What a family of recipes exports: the name of each, and the function that makes it.

@@ -18,6 +18,8 @@ from detrellis.recipes.encoders import EncoderConfig
 
 # Of few steps: Mask2Former's weights, 5, leave classes behind (docs/experiments/masks.md).
 MASK_LOSSES = {"mask": 1.0, "dice": 1.0, "points": 256}
+# By what it has yet to learn each class of a query counts, most of them little.
+WEIGHED_LOSSES = ("focal", "vfl", "vfl_detached")
 
 
 def tiny_sized(recipe: Recipe) -> Recipe:
@@ -35,10 +37,10 @@ def tiny_sized(recipe: Recipe) -> Recipe:
     small = _parts(detector).replace(
         width=128, queries=queries, top_k=100, masks=masks, size_divisor=32
     )
-    # From scratch the classes are what is learned last: at least Deformable DETR's weight, where
-    # the loss is focal.
-    focal = detector.scores == "sigmoid" and loss.classification == "focal"
-    classes = max(loss.classes, 2.0) if focal else loss.classes
+    # In few steps the classes are what is learned last: at least Deformable DETR's weight, where
+    # the loss weighs most of them down. docs/experiments/quality.md
+    weighed = detector.scores == "sigmoid" and loss.classification in WEIGHED_LOSSES
+    classes = max(loss.classes, 2.0) if weighed else loss.classes
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-tiny",
@@ -62,19 +64,22 @@ def tiny_sized(recipe: Recipe) -> Recipe:
 
 def small_sized(recipe: Recipe) -> Recipe:
     """The same of a two-stage detector on three levels, but on an EfficientNet-Lite0 with ImageNet
-    weights, which a package holds, so that nothing is downloaded; and with distinct queries.
+    weights, which a package holds, so that nothing is downloaded; with distinct queries, whose
+    contents are the states that propose them, and classes that learn the quality of their boxes
+    (VFL).
 
     The features are trained as all else is, BatchNorm too, at the full rate:
-    docs/experiments/small.md.
+    docs/experiments/small.md. Of contents and loss: docs/experiments/quality.md.
     """
     tiny = tiny_sized(recipe)
     detector = tiny.detector.replace(
         backbone=BackboneConfig(name="tf_efficientnet_lite0", norm="batch"),
         encoder=tiny.detector.encoder.replace(levels=3),
-        queries=tiny.detector.queries.replace(distinct=0.7),
+        queries=tiny.detector.queries.replace(content_from="states", distinct=0.7),
         decoder=tiny.detector.decoder.replace(distinct=0.7),
     )
-    return tiny.model_copy(update={"detector": detector})
+    loss = tiny.loss.replace(classification="vfl")
+    return tiny.model_copy(update={"detector": detector, "loss": loss})
 
 
 def _parts(detector: DetectorConfig) -> DetectorConfig:

@@ -82,7 +82,7 @@ class PaperRow(Config):
         recipe = find_recipe(self.recipe)
         if scale == "tiny":
             recipe = tiny_sized(recipe)
-        recipe = recipe.with_schemes(self.schemes).override([*self._schedule(), *self.override])
+        recipe = recipe.with_schemes(self.schemes, [*self._schedule(), *self.override])
         if scale is None:
             recipe = recipe.override(self.full)
         return recipe if epochs is None else recipe.override(f"schedule.epochs={epochs}")
