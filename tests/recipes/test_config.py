@@ -295,6 +295,9 @@ def test_dilated_recipes_differ_in_the_dilation_only() -> None:
         assert again.model_copy(update={"name": plain.name, "about": plain.about}) == plain
 
 
+QUALITY = ("qfl", "ia_bce")  # whose negatives count in full
+
+
 def test_any_recipe_can_be_made_tiny() -> None:
     for make in RECIPES.values():
         recipe = tiny_sized(make())
@@ -305,6 +308,8 @@ def test_any_recipe_can_be_made_tiny() -> None:
         dense = recipe.detector.encoder.kind == "dense"
         assert recipe.optim.lr == (1e-4 if dense else 1e-3), recipe.name
         assert recipe.schedule.flat == (0 if dense else 0.5), recipe.name
+        other = recipe.detector.scores == "softmax" or recipe.loss.classification in QUALITY
+        assert recipe.loss.classes == make().loss.classes if other else recipe.loss.classes >= 2
         weights = (recipe.loss.mask, recipe.loss.dice, recipe.loss.points)
         assert recipe.detector.masks is None or weights == (1.0, 1.0, 256), recipe.name
         assert recipe.detector.queries.boxes_from_masks is None, recipe.name

@@ -18,8 +18,8 @@ from detrellis.recipes.encoders import EncoderConfig
 
 # Of few steps: Mask2Former's weights, 5, leave classes behind (docs/experiments/masks.md).
 MASK_LOSSES = {"mask": 1.0, "dice": 1.0, "points": 256}
-# By what it has yet to learn each class of a query counts, most of them little.
-WEIGHED_LOSSES = ("focal", "vfl", "vfl_detached")
+# Class losses in which a negative counts 0.75 p^2; others weigh classes more by themselves.
+LIGHT_LOSSES = ("focal", "vfl", "vfl_detached")
 
 
 def tiny_sized(recipe: Recipe) -> Recipe:
@@ -37,10 +37,10 @@ def tiny_sized(recipe: Recipe) -> Recipe:
     small = _parts(detector).replace(
         width=128, queries=queries, top_k=100, masks=masks, size_divisor=32
     )
-    # In few steps the classes are what is learned last: at least Deformable DETR's weight, where
-    # the loss weighs most of them down. docs/experiments/quality.md
-    weighed = detector.scores == "sigmoid" and loss.classification in WEIGHED_LOSSES
-    classes = max(loss.classes, 2.0) if weighed else loss.classes
+    # In few steps the classes are what is learned last, so of such a loss they get at least
+    # Deformable DETR's weight: docs/experiments/quality.md
+    light = detector.scores == "sigmoid" and loss.classification in LIGHT_LOSSES
+    classes = max(loss.classes, 2.0) if light else loss.classes
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-tiny",
