@@ -42,13 +42,17 @@ class Louder(TrainingScheme):
 
 
 def losses_with(
-    *schemes: TrainingScheme, name: str = "tiny", sizes: tuple[int, ...] = (2, 3)
+    *schemes: TrainingScheme,
+    name: str = "tiny",
+    sizes: tuple[int, ...] = (2, 3),
+    done: float = 0.0,
 ) -> dict[str, Tensor]:
     plain = build(small(name, ["none"]), CLASSES)
     mode = plain.proposal_targets
     model = TrainableDetector(
         plain.detector, schemes, plain.supervision, proposal_targets=mode
     ).eval()
+    model.progress(done)
     out: dict[str, Tensor] = model(images(), targets(sizes)).losses
     return out
 
@@ -73,6 +77,21 @@ def test_a_scheme_may_change_supervision_and_add_losses() -> None:
     assert louder["louder/states"] > 0
     assert "schemes/idle" in louder
     assert "schemes/idle" not in plain
+
+
+def test_a_scheme_is_left_out_when_its_time_has_passed() -> None:
+    """To the bit: what is left is the training without it."""
+    plain = losses_with()
+    for until, done, active in ((0.5, 0.49, True), (0.5, 0.5, False), (1.0, 0.99, True)):
+        louder, copies = Louder(), Copies()
+        louder.until = copies.until = until
+        found = losses_with(louder, copies, done=done)
+        assert ("louder/states" in found) == ("copies/class/0" in found) == active, (until, done)
+        if not active:
+            # Its parameters still have gradients, or the processes of a run would wait for them.
+            assert found.pop("schemes/idle") == 0
+            assert found.keys() == plain.keys()
+            assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
 def test_a_scheme_that_finds_nothing_to_do_gets_gradients_of_zero() -> None:

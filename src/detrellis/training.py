@@ -53,24 +53,25 @@ class TrainableDetector(nn.Module):
         self._supervision = supervision or Supervision()
         self.proposal_targets, self.token_targets = proposal_targets, token_targets
         self.sampling = None if points is None else Sampling(Seeded(), points)
+        self._done = 0.0  # the part of the run behind
 
     def forward(self, images: ImageBatch, targets: Targets) -> StepOutput:
         """One pass of every query block, and all losses."""
         step = self.begin(images, targets)
         blocks = [self.main(step)]
         losses = self._of_tokens(step)
-        for scheme in self.training_schemes:
+        for scheme in self.active_schemes:
             extension = scheme.extend(step)
             blocks += extension.blocks
             losses |= extension.losses
         outputs = self.detector.decode(step.memory, {b.segment: b.queries for b in blocks})
 
         tasks = [task for b in blocks for task in uniting(self._tasks(b, outputs[b.name], step))]
-        tasks += [task for scheme in self.training_schemes for task in scheme.after(step, outputs)]
+        tasks += [task for scheme in self.active_schemes for task in scheme.after(step, outputs)]
         assignments = match(tasks)
         block_losses, metrics = supervise(counted(tasks, assignments, reduce_mean), assignments)
         by_name = {task.name: a for task, a in zip(tasks, assignments, strict=True)}
-        for scheme in self.training_schemes:
+        for scheme in self.active_schemes:
             metrics |= scheme.metrics(step, blocks, by_name)
         return StepOutput(block_losses | losses | _idle(self.schemes), metrics)
 
@@ -90,7 +91,7 @@ class TrainableDetector(nn.Module):
             if step.proposals is None
             else self.detector.queries.training_output(step.proposals)
         )
-        weight = math.prod(s.main_weight for s in self.training_schemes)
+        weight = math.prod(s.main_weight for s in self.active_schemes)
         return QueryBlock(
             "main", step.queries, step.supervision, weight=weight, proposals=proposals
         )
@@ -104,12 +105,14 @@ class TrainableDetector(nn.Module):
     def supervision(self) -> Supervision:
         """The main block's, as the schemes make it at this step."""
         supervision = self._supervision
-        for scheme in self.training_schemes:
+        for scheme in self.active_schemes:
             supervision = scheme.supervision(supervision)
         return supervision
 
     def progress(self, done: float) -> None:
-        """Tell every scheme which part of the run is done, from 0 to below 1."""
+        """Which part of the run is done, from 0 to below 1: every scheme is told, and those whose
+        time has passed are left out of the steps from now on."""
+        self._done = done
         for scheme in self.training_schemes:
             scheme.progress(done)
 
@@ -125,6 +128,11 @@ class TrainableDetector(nn.Module):
     def training_schemes(self) -> list[TrainingScheme]:
         """The schemes, in the recipe's order."""
         return [s for s in self.schemes if isinstance(s, TrainingScheme)]
+
+    @property
+    def active_schemes(self) -> list[TrainingScheme]:
+        """Those of them that are not yet switched off."""
+        return [s for s in self.training_schemes if self._done < s.until]
 
     def _of_tokens(self, step: Step) -> dict[str, Tensor]:
         """The loss of an encoder that chooses tokens."""

@@ -19,8 +19,8 @@ from detrellis.errors import UserError
 
 from ..small import SMALL
 
-# Dropout and denoising draw at random; the average, the schedule and accumulation have a position
-# of their own.
+# Dropout and denoising draw at random; the average, the schedule, accumulation and a scheme that is
+# switched off in the middle have a position of their own.
 SETTINGS = [
     *SMALL,
     "data.size=[64, 64]",
@@ -28,6 +28,7 @@ SETTINGS = [
     "optim.accumulate=2",
     "detector.dropout=0.1",
     "schedule.warmup=0.3",
+    "schemes.group={k: 2, until: 0.5}",
 ]
 EPOCHS = 3  # of 3 steps: 11 images in batches of 4
 

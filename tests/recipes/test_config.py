@@ -333,3 +333,21 @@ def test_a_scheme_of_names_takes_several() -> None:
             base.with_schemes(text)
     with pytest.raises(UserError, match=r"co\.branches"):
         base.override("schemes.co.branches=[]")
+
+
+def test_a_scheme_may_last_for_a_part_of_the_run() -> None:
+    base = find_recipe("small")
+    chosen = base.with_schemes("co=atss@0.5,group=2@0.25,dense@1").schemes
+    assert chosen.co is not None
+    assert chosen.group is not None
+    assert chosen.dense is not None
+    assert (chosen.co.branches, chosen.co.until) == (("atss",), 0.5)
+    assert (chosen.group.k, chosen.group.until) == (2, 0.25)
+    assert chosen.dense.until == 1.0
+    # What classes learn after it is the recipe's; a scheme to the end takes its place.
+    assert base.with_schemes("align@0.5").loss == base.loss
+    assert base.with_schemes("align").loss.classification == "focal"
+    for text in ("align@half", "align@", "align@0", "align@2", "none@0.5"):
+        with pytest.raises(UserError, match=f"--scheme {text}: ") as refusal:
+            base.with_schemes(text)
+        assert refusal.value.remedy, text

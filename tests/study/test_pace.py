@@ -69,6 +69,17 @@ def test_slower_rows_get_fewer_epochs(shapes: Path, tmp_path: Path) -> None:
     assert said == ["Timing steps of align, group=3, to give all rows the same time"]
 
 
+def test_schemes_count_as_long_as_they_last(
+    shapes: Path, tmp_path: Path, timed: list[str | None]
+) -> None:
+    rows = "none,group=3@0.25,align@0.5+group=3@0.25"
+    plan = paced(made_up(shapes, rows), tmp_path, Resources(device="cpu"), print)
+    both = 0.25 * 1.25 + 0.25 * 1.25 + 0.5  # made-up steps know one scheme, align before group
+    assert plan.pace == {"group=3@0.25": 0.25 * 4 + 0.75, "align@0.5+group=3@0.25": both}
+    assert timed == ["group", None, None, "align", "align", None, None]
+    assert epochs(plan) == {"none": 10, "group=3@0.25": 6, "align@0.5+group=3@0.25": 9}
+
+
 @pytest.mark.usefixtures("timed")
 def test_a_row_has_an_epoch_at_least(shapes: Path, tmp_path: Path) -> None:
     plan = paced(

@@ -30,6 +30,7 @@ from .trials import make_plan
         ("none,align, group=3", [[], ["align"], ["group=3"]]),
         ("co=atss+rcnn", [["co=atss+rcnn"]]),
         ("co=atss+rcnn+align", [["co=atss+rcnn", "align"]]),
+        ("co=atss+rcnn@0.5+align@0.25", [["co=atss+rcnn@0.5", "align@0.25"]]),
         ("align + co=atss+rcnn + group=3,", [["align", "co=atss+rcnn", "group=3"]]),
         ("co+align", [["co", "align"]]),
         ("none+align", [["align"]]),

@@ -186,7 +186,11 @@ Scale = Annotated[
 ]
 Schemes = Annotated[
     list[str] | None,
-    typer.Option("--scheme", help="Training scheme NAME[=N]: align, group=3; several with commas."),
+    typer.Option(
+        "--scheme",
+        help="Training scheme NAME[=N][@UNTIL]: align, group=3, co@0.5 (off after half of the "
+        "run); several with commas.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

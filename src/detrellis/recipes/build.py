@@ -73,7 +73,9 @@ def build_schemes(
         for name, config in recipe.schemes:
             if config is not None:
                 torch.manual_seed(_seed(seed, name))
-                built.append(build_scheme(config, recipe.detector, detector, classes))
+                scheme = build_scheme(config, recipe.detector, detector, classes)
+                scheme.until = config.until
+                built.append(scheme)
     accelerate(*built)
     for scheme in built:
         for missing in sorted(scheme.requires - recipe.detector.capabilities):

@@ -170,11 +170,13 @@ class Recipe(Config):
     def with_schemes(
         self, names: str | Sequence[str], override: str | Sequence[str] = ()
     ) -> Recipe:
-        """A copy with more training schemes: `"cdn=50"`, or several; `"none"` takes away those
-        before it. `override`: assignments to apply to it, the schemes' dials among them.
+        """A copy with more training schemes: `"cdn=50"`, `"co@0.5"` (for half of the run), or
+        several; `"none"` takes away those before it. `override`: assignments to apply to it, the
+        schemes' dials among them.
 
-        One that sets what classes learn takes the place of the recipe's `loss.classification`, of
-        which nothing is left to do; with a dial that leaves it to the recipe, it does not.
+        One that sets what classes learn to the end of the run takes the place of the recipe's
+        `loss.classification`, of which nothing is left to do; with a dial that leaves it to the
+        recipe, it does not.
         """
         chosen = self.schemes.model_dump()
         for text in (
@@ -182,11 +184,14 @@ class Recipe(Config):
             for name in ([names] if isinstance(names, str) else names)
             for part in name.split(",")
         ):
-            name, separator, value = text.partition("=")
-            if name == "none" and not separator:
+            if text == "none":
                 chosen = dict.fromkeys(chosen)
                 continue
+            scheme, windowed, until = text.partition("@")
+            name, separator, value = scheme.partition("=")
             set_to = _dialled(text, name, value) if separator else {}
+            if windowed:
+                set_to |= {"until": _part(text, until)}
             if name not in chosen:
                 raise _unknown_scheme(name, text)
             chosen[name] = (chosen[name] or {}) | set_to
@@ -196,7 +201,8 @@ class Recipe(Config):
                 raise UserError(f"--scheme {text}: schemes.{error.message}", _form(name)) from None
         more = self.model_copy(update={"schemes": SchemesConfig.checked(chosen)})
         dialled = more.override(override)
-        if self.schemes.target_setters or not dialled.schemes.target_setters:
+        had, sets = (r.schemes.target_setters(to_the_end=True) for r in (self, dialled))
+        if had or not sets:
             return dialled
         loss = self.loss.replace(classification="focal")
         return more.model_copy(update={"loss": loss}).override(override)
@@ -220,6 +226,17 @@ def _dialled(text: str, name: str, value: str) -> dict[str, Any]:
     if not re.fullmatch(r"[-+]?\d{1,20}", value.strip()):
         raise UserError(f"--scheme {text}: {value!r} is not a whole number", _form(name))
     return {dial: int(value)}
+
+
+def _part(text: str, until: str) -> float:
+    """UNTIL in `--scheme NAME@UNTIL`."""
+    try:
+        return float(until)
+    except ValueError:
+        raise UserError(
+            f"--scheme {text}: {until!r} is not a part of the run",
+            f"Write --scheme {text.partition('@')[0]}@0.5, to switch it off after half of it.",
+        ) from None
 
 
 def _dial(name: str) -> str:

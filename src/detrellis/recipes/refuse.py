@@ -64,7 +64,8 @@ def _refuse_two_targets(recipe: Recipe) -> None:
     """Refuse two parts of a recipe that both say what the class logit of a positive should
     learn.
     """
-    setters = recipe.schemes.target_setters
+    setters = recipe.schemes.target_setters()
+    lasting = recipe.schemes.target_setters(to_the_end=True)
     loss = recipe.loss.classification
     stable = recipe.schemes.stable
     if len(setters) > 1:
@@ -73,8 +74,8 @@ def _refuse_two_targets(recipe: Recipe) -> None:
             f"schemes {one} and {other} both set the classification target",
             f"Keep one: {remedy}, or {instead}.",
         )
-    if setters and loss != "focal" and (set(setters), loss) != ({"stable"}, "psl"):
-        ((one, remedy),) = setters.items()
+    if lasting and loss != "focal" and (set(lasting), loss) != ({"stable"}, "psl"):
+        ((one, remedy),) = lasting.items()
         raise UserError(
             f"loss.classification={loss} and scheme {one} both set the classification target",
             f"Leave -o loss.classification out, or {remedy}.",

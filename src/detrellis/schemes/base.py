@@ -83,6 +83,7 @@ class TrainingScheme(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.until = 1.0  # the part of the run after which it is left out
         # Draws are made on the host: the same on every device, and no device has to be waited for.
         self.generator = torch.Generator()
 

@@ -1,4 +1,5 @@
-"""The training schemes' dials. `dial` is what N in `--scheme NAME=N` sets.
+"""The training schemes' dials. `dial` is what N in `--scheme NAME=N` sets; `until`, which all have,
+the part of the run after which the scheme is switched off: `--scheme NAME@UNTIL`.
 
 They stand beside the schemes and not in their files, because recipes read them without waiting for
 torch.
@@ -11,6 +12,7 @@ from typing import Annotated, ClassVar, Literal
 from detrellis.fields import Config, Count, Few, Positive, Some, Weight, ZeroToOne, within
 
 Queries = Annotated[int, within(1, 10_000)]  # of a block that exists in training only
+Until = Annotated[float, within(0, 1, above=True)]  # a part of the run
 Noise = Annotated[float, within(0, 10)]  # of boxes, in half their size
 # Which of Group DETR's groups denoising queries read besides themselves: the first, as without
 # groups, or all.
@@ -31,6 +33,7 @@ class DNConfig(Config):
     # Slots that an image does not fill learn "no object"; else they learn nothing
     padded_background: bool = False
     sees: Sees = "main"
+    until: Until = 1.0
 
 
 class CDNConfig(Config):
@@ -41,6 +44,7 @@ class CDNConfig(Config):
     label_noise: ZeroToOne = 0.5  # half of it is the part of the labels that are drawn anew
     box_noise: Noise = 1.0
     sees: Sees = "main"
+    until: Until = 1.0
 
 
 class HybridConfig(Config):
@@ -54,6 +58,7 @@ class HybridConfig(Config):
     # what sums of losses are divided by: all copies of the boxes, as if each were a target, or the
     # boxes
     divisor: Literal["copies", "boxes"] = "copies"
+    until: Until = 1.0
 
 
 class DenseConfig(Config):
@@ -63,6 +68,7 @@ class DenseConfig(Config):
     k: Few = 4  # queries for each target in the dense block
     queries: Queries | None = None  # of the block; None: half as many again as the detector has
     weight: Weight = 1.0
+    until: Until = 1.0
 
 
 # Heads on the encoder's memory; `rcnn` is Faster R-CNN, `mask` Mask R-CNN.
@@ -92,6 +98,7 @@ class CoConfig(Config):
     vector: bool = False  # tell the branches' positions by a vector each, instead of one number
     aligned: bool = False  # the queries learn what align and others make the main block's learn
     masks: bool = False  # the queries learn masks too, where the detector gives any
+    until: Until = 1.0
 
 
 class FederatedConfig(Config):
@@ -102,6 +109,7 @@ class FederatedConfig(Config):
     classes: Count = 50
     # Of the number of images with a class, its weight in the draw
     power: Annotated[float, within(0, 10)] = 0.5
+    until: Until = 1.0
 
 
 class AlignConfig(Config):
@@ -119,6 +127,7 @@ class AlignConfig(Config):
     classification: Literal["align", "ia_bce", "base"] = "align"
     rank_boxes: bool = True  # lower ranks weigh less in the box losses too
     iou_eps: Annotated[float, within(0, 1e-3)] = 0.0  # 1e-6: as in the released code
+    until: Until = 1.0
 
 
 class StableConfig(Config):
@@ -128,6 +137,7 @@ class StableConfig(Config):
     modulated: bool = True  # the position-modulated matching
     classes: Weight = 6.0  # weight of the supervised loss; denoising keeps 1
     beta: Weight = 0.5  # how much the position counts in the matching
+    until: Until = 1.0
 
 
 class RankConfig(Config):
@@ -135,6 +145,7 @@ class RankConfig(Config):
 
     after: ZeroToOne = 0.75  # part of the run from which the high-order cost is the matching's
     power: Annotated[float, within(0, 100)] = 4.0  # of the IoU in it
+    until: Until = 1.0
 
 
 class DynamicConfig(Config):
@@ -154,6 +165,7 @@ class DACConfig(Config):
     pairs: DynamicConfig = DynamicConfig()
     weight: Weight = 1.0  # of its losses
     divisor: Annotated[float, within(0.1, 100)] = 3.0  # boxes that each target counts as
+    until: Until = 1.0
 
 
 class MSConfig(Config):
@@ -164,12 +176,14 @@ class MSConfig(Config):
     pairs: DynamicConfig = DynamicConfig()
     weight: Weight = 1.0  # of its losses
     classes: Weight = 2.0  # of the class loss among them, times that of the one-to-one pairs
+    until: Until = 1.0
 
 
 class SQRConfig(Config):
     """Later layers learn from what earlier ones handed on, too (SQR)."""
 
     weight: Weight = 1.0  # of its losses
+    until: Until = 1.0
 
 
 class GroupConfig(Config):
@@ -187,6 +201,7 @@ class GroupConfig(Config):
     # are the first's
     contents: Literal["fresh", "copied"] = "fresh"
     distances: bool = False  # log how far apart the groups' queries are (PD and MD, Eq. 6 and 7)
+    until: Until = 1.0
 
 
 SchemeConfig = (
@@ -223,10 +238,10 @@ class SchemesConfig(Config):
     sqr: SQRConfig | None = None
     group: GroupConfig | None = None
 
-    @property
-    def target_setters(self) -> dict[str, str]:
+    def target_setters(self, *, to_the_end: bool = False) -> dict[str, str]:
         """The schemes that say themselves what the class logit of a positive should learn,
-        and what makes each of them leave it."""
+        and what makes each of them leave it. `to_the_end`: without those that are switched off
+        before, after which the recipe's loss says it."""
         setters = {}
         if self.align is not None and self.align.classification != "base":
             setters["align"] = "take -o schemes.align.classification=base"
@@ -234,4 +249,6 @@ class SchemesConfig(Config):
             setters["stable"] = "take -o schemes.stable.supervised=false"
         if self.rank is not None:
             setters["rank"] = "leave scheme rank out"
+        if to_the_end:
+            return {n: remedy for n, remedy in setters.items() if getattr(self, n).until == 1}
         return setters

@@ -16,6 +16,7 @@ from detrellis.data.layout import DataSource
 from detrellis.distributed import pick_device
 from detrellis.engine.bench import seconds_of, threads_of, training_step
 from detrellis.errors import UserError
+from detrellis.recipes import Recipe
 from detrellis.study.plan import StudyPlan, StudyRow, read_plan
 from detrellis.study.run import Resources
 
@@ -64,17 +65,34 @@ def _lasting(plan: StudyPlan, pace: dict[str, float]) -> StudyPlan:
 def _ratio(row: StudyRow, base: StudyRow, classes: int, boxes: int, device: torch.device) -> float:
     """The time of an image in `row`, in multiples of that in `base`: from medians of steps that
     alternate, so that whatever else the machine does slows both. Steps are on random images of each
-    recipe's own size and batch."""
+    recipe's own size and batch; where schemes are switched off in the course of the run, those of
+    each of its stages, weighed by how long it is."""
+    stages = [(r, part, recipe) for r in (row, base) for part, recipe in stages_of(r.recipe)]
     try:
-        steps = [training_step(r.recipe, classes, device, boxes) for r in (row, base)]
+        steps = [training_step(recipe, classes, device, boxes) for _, _, recipe in stages]
         times = [[seconds_of(step, device) for step in steps] for _ in range(WARMUP + STEPS)]
     except torch.OutOfMemoryError:
         raise UserError(
             f"{row.name} and {base.name}: a step of each does not fit into the memory of {device}",
             "Take a smaller batch or smaller images: -o optim.batch_size=2, -o data.size=480.",
         ) from None
+    medians = [statistics.median(column) for column in zip(*times[WARMUP:], strict=True)]
     own_time, base_time = (
-        statistics.median(column) for column in zip(*times[WARMUP:], strict=True)
+        sum(part * time for (r, part, _), time in zip(stages, medians, strict=True) if r is one)
+        for one in (row, base)
     )
     images = base.recipe.optim.batch_size / row.recipe.optim.batch_size
     return float(round(own_time / base_time * images, 3))
+
+
+def stages_of(recipe: Recipe) -> list[tuple[float, Recipe]]:
+    """The parts of a run between which schemes are switched off: the length of each, with 1 for the
+    whole run, and the recipe with the schemes that are left in it."""
+    untils = {name: config.until for name, config in recipe.schemes if config is not None}
+    stages, begin = [], 0.0
+    for end in sorted({*untils.values(), 1.0}):
+        over = {name: None for name, until in untils.items() if until <= begin}
+        left = recipe.schemes.model_copy(update=over)
+        stages.append((end - begin, recipe.model_copy(update={"schemes": left})))
+        begin = end
+    return stages

@@ -4,6 +4,7 @@ or those of a paper's table.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Literal
@@ -38,17 +39,22 @@ def parse_rows(text: str) -> list[list[str]]:
 def _schemes(row: str) -> list[str]:
     schemes: list[str] = []
     for part in (p.strip() for p in row.split("+")):
-        in_list = bool(schemes) and schemes[-1].partition("=")[0] in LISTS and "=" in schemes[-1]
-        if in_list and part not in KNOWN and "=" not in part:
+        in_list = bool(schemes) and _name(schemes[-1]) in LISTS and "=" in schemes[-1]
+        if in_list and _name(part) not in KNOWN and "=" not in part:
             schemes[-1] += f"+{part}"
         else:
             schemes.append(part)
     return [scheme for scheme in schemes if scheme != "none"]
 
 
+def _name(scheme: str) -> str:
+    """The scheme in `NAME=N@UNTIL`."""
+    return re.split("[=@]", scheme, maxsplit=1)[0]
+
+
 def with_exactly(recipe: Recipe, schemes: Sequence[str]) -> Recipe:
     """The recipe with these training schemes and no other; those that it had keep its dials."""
-    named = {scheme.partition("=")[0] for scheme in schemes}
+    named = {_name(scheme) for scheme in schemes}
     chosen = recipe.with_schemes(schemes)
     off = dict.fromkeys(name for name in SCHEMES if name not in named)
     return chosen.model_copy(update={"schemes": chosen.schemes.model_copy(update=off)})
@@ -115,7 +121,7 @@ def _usual_rows(recipe: Recipe) -> str:
     """The recipe's own schemes, and those with each of `USUAL` that it can have, as rows."""
     own = [name for name, config in recipe.schemes if config is not None]
     rows = [own]
-    for scheme in (s for s in USUAL if s.partition("=")[0] not in own):
+    for scheme in (s for s in USUAL if _name(s) not in own):
         row = [*own, scheme]
         with suppress(UserError):  # this recipe cannot have it
             check_row(with_exactly(recipe, row), classes=2)  # any number: none is refused for it
