@@ -1,4 +1,4 @@
-"""The detectors that the four papers are compared with, at the size of `tiny`,
+"""The detectors that the four papers are compared with, at the size of `dino-r50 --scale tiny`,
 each a scheme or a network part beside the base's contrastive denoising.
 
     python benchmarks/rivals.py --data shapes --epochs 4 --seeds 3 --out rivals
@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from detrellis.data.layout import find_data
-from detrellis.recipes import Recipe, find_recipe
+from detrellis.recipes import Recipe, find_recipe, tiny_sized
 from detrellis.study.conduct import conduct
 from detrellis.study.plan import StudyPlan, StudyRow
 from detrellis.study.rows import check_row, count_classes, with_exactly
@@ -56,7 +56,8 @@ def row(name: str, base: Recipe) -> StudyRow:
 def plan(args: argparse.Namespace) -> StudyPlan:
     """The study; raises `UserError` for a row that cannot be built."""
     source = find_data(args.data)
-    base = find_recipe("tiny").override([f"schedule.epochs={args.epochs}", *args.override])
+    base = tiny_sized(find_recipe("dino-r50"))
+    base = base.override([f"schedule.epochs={args.epochs}", *args.override])
     rows = tuple(row(name, base) for name in ROWS)
     classes = count_classes(source, False)
     for each in rows:

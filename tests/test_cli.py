@@ -267,7 +267,8 @@ def test_training_goes_on_from_another_runs_weights(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rest = ("--data", shapes, "--epochs", 1, "--workers", 0)
-    call("train", "tiny", *rest, "--out", tmp_path / "first", *OPTIONS, capsys=capsys)
+    learned = ("-o", "detector.queries.content_from=learned")  # a row for each query
+    call("train", "tiny", *rest, "--out", tmp_path / "first", *OPTIONS, *learned, capsys=capsys)
     text = call(
         "train", "--weights", tmp_path / "first", *rest, "--out", tmp_path / "second", capsys=capsys
     )

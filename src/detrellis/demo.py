@@ -35,9 +35,6 @@ SETTINGS = (
     "data.jitter=0",  # the colours are random already
     "optim.batch_size=4",
     "schemes.cdn.number=50",
-    # One query for each object is learned last, and seven epochs are few: most duplicates arise here
-    "detector.queries.distinct=0.7",
-    "detector.decoder.distinct=0.7",
     "schedule.eval_every=2",
 )
 PICTURE = "predictions.jpg"

@@ -157,10 +157,11 @@ def test_what_duplicates_cost_is_told(
 @pytest.mark.parametrize(
     ("recipe", "scheme", "dials"),
     [
-        ("tiny", "", ["queries", "decoder"]),
-        ("tiny", "group,hybrid", ["queries", "decoder"]),  # of which advice was given before
-        ("tiny", "sqr", ["queries"]),  # it hands on queries from layer to layer itself
-        ("small", "", []),  # has both
+        ("dino-r50", "", ["queries", "decoder"]),
+        ("dino-r50", "group,hybrid", ["queries", "decoder"]),  # of which advice was given before
+        ("dino-r50", "sqr", ["queries"]),  # it hands on queries from layer to layer itself
+        ("tiny", "", []),  # has both
+        ("small", "", []),
         ("detr-r50", "", []),  # softmax, and no proposals
         ("deformable-detr-r50", "", []),  # its layers do not move boxes
         ("dn-deformable-detr-r50", "", ["decoder"]),  # no proposals

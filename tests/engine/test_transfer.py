@@ -194,7 +194,7 @@ def test_objectness_is_no_class_and_no_class_is_objectness() -> None:
 @pytest.mark.parametrize(
     ("recipe", "names"),
     [
-        ("tiny", ["content"]),
+        ("dino-r50", ["content"]),
         ("deformable-detr-r50", ["content", "position"]),
         ("dab-deformable-detr-r50", ["content", "centres", "sizes"]),
     ],
@@ -254,8 +254,9 @@ def test_the_report_puts_layers_and_modules_together() -> None:
         "decoder.hidden=128",
         "queries.count=20",
     ]
-    model = detector("tiny", NEW, *(f"detector.{s}" for s in settings))
-    report = transfer(model, classes(*NEW), source())
+    learned = "detector.queries.content_from=learned"
+    model = detector("tiny", NEW, learned, *(f"detector.{s}" for s in settings))
+    report = transfer(model, classes(*NEW), source("tiny", OLD, learned))
     assert [(e.place, e.tensors, e.outcome, e.reason) for e in report.exceptions()] == [
         (
             "encoder.layers.0.feed_forward.inner",
@@ -318,7 +319,13 @@ def test_the_report_fits_a_narrow_console_and_takes_names_literally() -> None:
 # Runs
 # ----------------------------------------------------------------------------------------------------------------
 
-SETTINGS = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4", "detector.dropout=0.1"]
+SETTINGS = [
+    *SMALL,
+    "detector.queries.content_from=learned",  # a row for each query
+    "data.size=[64, 64]",
+    "optim.batch_size=4",
+    "detector.dropout=0.1",
+]
 
 
 @pytest.fixture(scope="module")

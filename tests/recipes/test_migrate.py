@@ -73,6 +73,10 @@ THEN = {
         "detector.size_divisor=1",
         "optim.lr=4e-4",
         "schedule.flat=0",
+        "loss.classification=focal",
+        "detector.queries.content_from=learned",
+        "detector.queries.distinct=null",
+        "detector.decoder.distinct=null",
     ],
     "stable-dino-r50": ["detector.encoder.fusion=false"],
 }

@@ -270,7 +270,7 @@ def test_unused_queries_are_read_by_nobody_and_learn_nothing() -> None:
 
 def test_beside_align_its_labels_stay_unless_asked_for() -> None:
     truth = targets((2, 3))
-    plain = losses(make(), truth)
+    plain = losses(make("loss.classification=focal"), truth)  # what is left of it beside align
     beside = losses(make(schemes=("none", "co=atss", "align=2")), truth)
     aligned = losses(make("schemes.co.aligned=true", schemes=("none", "co=atss", "align=2")), truth)
     assert plain["co_atss/class/0"] == pytest.approx(beside["co_atss/class/0"])

@@ -219,7 +219,11 @@ def test_contents_are_the_states_of_each_groups_own_proposals(kind: str) -> None
 
 @pytest.mark.parametrize("kind", ["heads", "shared", "split"])
 def test_few_tokens(kind: str) -> None:
-    settings = [f"schemes.group.proposals={kind}", "detector.queries.count=100"]
+    settings = [
+        f"schemes.group.proposals={kind}",
+        "detector.queries.count=100",
+        "detector.queries.content_from=learned",
+    ]
     model = build(small("tiny", ["group=3"]).override(settings), CLASSES)
     losses = model(images(((64, 96), (32, 32))), targets((2, 1))).losses
     assert all(v.isfinite() for v in losses.values())
@@ -303,7 +307,7 @@ def test_weights_of_one_group_start_many() -> None:
 
 def test_contents_begin_fresh_or_as_the_first_groups() -> None:
     for contents in ("fresh", "copied"):
-        model, _, _ = grouped("tiny", f"schemes.group.contents={contents}")
+        model, _, _ = grouped("dino_r50", f"schemes.group.contents={contents}")
         own = model.detector.get_parameter("queries.content")
         table = model.schemes.get_parameter("0.table.content")
         assert all(torch.equal(part, own) == (contents == "copied") for part in table.chunk(2))

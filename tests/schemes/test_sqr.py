@@ -17,7 +17,8 @@ from ..small import CLASSES, small
 @torch.no_grad()
 def test_layers_get_what_the_two_before_them_handed_on() -> None:
     model = build(
-        small("tiny").with_schemes(["none", "sqr"]).override("detector.decoder.layers=6"), CLASSES
+        small("dino_r50").with_schemes(["none", "sqr"]).override("detector.decoder.layers=6"),
+        CLASSES,
     )
     step = begin(model)
     output = decoded(model.detector, step.memory)
@@ -32,7 +33,7 @@ def test_layers_get_what_the_two_before_them_handed_on() -> None:
 def test_layers_are_matched_as_the_main_set_is_there() -> None:
     """With several queries for each object in all layers but the last."""
     model = build(
-        small("tiny")
+        small("dino_r50")
         .with_schemes(["none", "align=4", "sqr"])
         .override("detector.decoder.layers=3"),
         CLASSES,

@@ -1,4 +1,4 @@
-"""What `benchmarks/rivals.py` trains: rows beside `tiny` that can be built."""
+"""What `benchmarks/rivals.py` trains: rows beside a small DINO that can be built."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from benchmarks.rivals import BASE, ROWS, row
 
-from detrellis.recipes import find_recipe
+from detrellis.recipes import find_recipe, tiny_sized
 from detrellis.recipes.build import build
 from detrellis.study.plan import flat
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_rival_is_the_base_with_what_it_names(name: str) -> None:
-    base = find_recipe("tiny").override("schedule.epochs=4")
+    base = tiny_sized(find_recipe("dino-r50")).override("schedule.epochs=4")
     found = row(name, base)
     assert found.against == (None if name == BASE else BASE)
     schemes, _ = ROWS[name]

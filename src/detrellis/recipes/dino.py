@@ -8,7 +8,7 @@ from detrellis.recipes.data import DataConfig
 from detrellis.recipes.deformable import SWIN_L
 from detrellis.recipes.detector import DecoderConfig, DetectorConfig, MixedQueriesConfig
 from detrellis.recipes.encoders import DeformableEncoderConfig
-from detrellis.recipes.scale import small_sized, tiny_sized
+from detrellis.recipes.scale import of_few_steps, small_sized, tiny_sized
 from detrellis.schemes.config import CDNConfig, SchemesConfig
 
 
@@ -72,9 +72,12 @@ def dino_swin_l() -> Recipe:
 
 
 def tiny() -> Recipe:
-    """A small DINO made for CPUs and small data sets, trained from scratch."""
+    """A small DINO made for CPUs and small data sets, trained from scratch: `dino-r50 --scale tiny`,
+    but made to converge in few steps.
+    """
     about = "small DINO for CPUs and small data, from scratch"
-    return tiny_sized(dino_r50()).model_copy(update={"name": "tiny", "about": about})
+    recipe = of_few_steps(tiny_sized(dino_r50()))
+    return recipe.model_copy(update={"name": "tiny", "about": about})
 
 
 def small() -> Recipe:

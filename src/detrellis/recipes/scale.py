@@ -64,22 +64,34 @@ def tiny_sized(recipe: Recipe) -> Recipe:
 
 def small_sized(recipe: Recipe) -> Recipe:
     """The same of a two-stage detector on three levels, but on an EfficientNet-Lite0 with ImageNet
-    weights, which a package holds, so that nothing is downloaded; with distinct queries, whose
-    contents are the states that propose them, and classes that learn the quality of their boxes
-    (VFL).
+    weights, which a package holds, so that nothing is downloaded; it learns as `of_few_steps` says.
 
     The features are trained as all else is, BatchNorm too, at the full rate:
-    docs/experiments/small.md. Of contents and loss: docs/experiments/quality.md.
+    docs/experiments/small.md.
     """
-    tiny = tiny_sized(recipe)
+    tiny = of_few_steps(tiny_sized(recipe))
     detector = tiny.detector.replace(
         backbone=BackboneConfig(name="tf_efficientnet_lite0", norm="batch"),
         encoder=tiny.detector.encoder.replace(levels=3),
-        queries=tiny.detector.queries.replace(content_from="states", distinct=0.7),
-        decoder=tiny.detector.decoder.replace(distinct=0.7),
     )
-    loss = tiny.loss.replace(classification="vfl")
-    return tiny.model_copy(update={"detector": detector, "loss": loss})
+    return tiny.model_copy(update={"detector": detector})
+
+
+def of_few_steps(recipe: Recipe) -> Recipe:
+    """A two-stage detector made to converge in few steps: with distinct queries, whose contents are
+    the states that propose them, and classes that learn the quality of their boxes (VFL).
+
+    What each of these brings: docs/experiments/distinct.md and docs/experiments/quality.md.
+    """
+    detector = recipe.detector
+    queries = detector.queries.replace(content_from="states", distinct=0.7)
+    decoder = detector.decoder.replace(distinct=0.7)
+    return recipe.model_copy(
+        update={
+            "detector": detector.replace(queries=queries, decoder=decoder),
+            "loss": recipe.loss.replace(classification="vfl"),
+        }
+    )
 
 
 def _parts(detector: DetectorConfig) -> DetectorConfig:
