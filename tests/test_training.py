@@ -94,6 +94,15 @@ def test_a_scheme_is_left_out_when_its_time_has_passed() -> None:
             assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
+def test_a_recipe_says_when_a_scheme_is_switched_off() -> None:
+    recipe = small("tiny", ["none", "group=2@0.5", "co=atss@0.25"])
+    model = build(recipe, CLASSES).eval()
+    for done, trained in ((0.2, {"group", "co_atss"}), (0.3, {"group"}), (0.6, set())):
+        model.progress(done)
+        names = {name.split("/")[0] for name in model(images(), targets((2, 3))).losses}
+        assert names & {"group", "co_atss"} == trained
+
+
 def test_a_scheme_that_finds_nothing_to_do_gets_gradients_of_zero() -> None:
     """Whatever its parameters are: they are not read."""
     louder = Louder()

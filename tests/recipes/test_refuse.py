@@ -56,9 +56,8 @@ def test_schemes_and_losses_that_cannot_be_are_named(
         )
         unfit |= scheme == "dense" and name not in TWO_STAGE
         unfit |= scheme == "ms"  # their layers have self-attention first
-        unfit |= (
-            scheme == "sqr" and name == "tiny"
-        )  # whose layers hand on which queries are distinct
+        # Its layers hand on which queries are distinct
+        unfit |= scheme == "sqr" and name == "tiny"
         lossy = loss != "focal" and (name in SOFTMAX or scheme in SETTERS)
         assert (said is not None) == (unfit or lossy), (scheme, loss, said)
         assert said is None or re.search(r"-o |Leave ", said)

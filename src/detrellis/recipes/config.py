@@ -6,6 +6,7 @@ refused with the nearest known one.
 
 from __future__ import annotations
 
+import math
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -231,12 +232,15 @@ def _dialled(text: str, name: str, value: str) -> dict[str, Any]:
 def _part(text: str, until: str) -> float:
     """UNTIL in `--scheme NAME@UNTIL`."""
     try:
-        return float(until)
+        part = float(until)
     except ValueError:
-        raise UserError(
-            f"--scheme {text}: {until!r} is not a part of the run",
-            f"Write --scheme {text.partition('@')[0]}@0.5, to switch it off after half of it.",
-        ) from None
+        part = math.nan
+    if 0 < part <= 1:
+        return part
+    raise UserError(
+        f"--scheme {text}: {until!r} is no part of the run, which is above 0 and at most 1",
+        f"Write --scheme {text.partition('@')[0]}@0.5, to switch it off after half of the run.",
+    )
 
 
 def _dial(name: str) -> str:

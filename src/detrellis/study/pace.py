@@ -67,20 +67,17 @@ def _ratio(row: StudyRow, base: StudyRow, classes: int, boxes: int, device: torc
     alternate, so that whatever else the machine does slows both. Steps are on random images of each
     recipe's own size and batch; where schemes are switched off in the course of the run, those of
     each of its stages, weighed by how long it is."""
-    stages = [(r, part, recipe) for r in (row, base) for part, recipe in stages_of(r.recipe)]
+    stages = [stages_of(r.recipe) for r in (row, base)]
     try:
-        steps = [training_step(recipe, classes, device, boxes) for _, _, recipe in stages]
+        steps = [training_step(r, classes, device, boxes) for each in stages for _, r in each]
         times = [[seconds_of(step, device) for step in steps] for _ in range(WARMUP + STEPS)]
     except torch.OutOfMemoryError:
         raise UserError(
             f"{row.name} and {base.name}: a step of each does not fit into the memory of {device}",
             "Take a smaller batch or smaller images: -o optim.batch_size=2, -o data.size=480.",
         ) from None
-    medians = [statistics.median(column) for column in zip(*times[WARMUP:], strict=True)]
-    own_time, base_time = (
-        sum(part * time for (r, part, _), time in zip(stages, medians, strict=True) if r is one)
-        for one in (row, base)
-    )
+    medians = map(statistics.median, zip(*times[WARMUP:], strict=True))
+    own_time, base_time = (sum(part * next(medians) for part, _ in each) for each in stages)
     images = base.recipe.optim.batch_size / row.recipe.optim.batch_size
     return float(round(own_time / base_time * images, 3))
 
